@@ -1,0 +1,65 @@
+"""`spry list`: what there is to choose from."""
+
+import json
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Kind(str, Enum):
+    methods = "methods"
+    models = "models"
+    datasets = "datasets"
+    adapters = "adapters"
+
+
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the methods, built-in models, built-in datasets or adapters."""
+    rows = _rows(kind)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), no_wrap=column == "name")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+
+
+def _rows(kind: Kind) -> list[dict[str, str]]:
+    if kind is Kind.methods:
+        from spryfl.federated.method import METHODS
+
+        return [
+            {
+                "name": name,
+                "estimator": m.estimator,
+                "assignment": m.assignment,
+                "travels_up": m.upload,
+                "a_round_is": m.pace,
+                "server": m.server,
+                "about": m.summary,
+            }
+            for name, m in METHODS.items()
+        ]
+    if kind is Kind.models:
+        from spryfl.models.builtin import BUILTIN_MODELS
+
+        own = [{"name": f"builtin:{n}", "about": m.summary, "install": m.install} for n, m in BUILTIN_MODELS.items()]
+        return [*own, {"name": "HUB_ID or ./FOLDER", "about": "any transformers model with safetensors", "install": ""}]
+    if kind is Kind.datasets:
+        from spryfl.data.builtin import BUILTIN_DATASETS
+
+        own = [{"name": f"builtin:{n}", "about": d.summary} for n, d in BUILTIN_DATASETS.items()]
+        return [*own, {"name": "HUB_ID or ./PATH", "about": "a hub dataset, or local Parquet, CSV or JSONL"}]
+    from spryfl.config import ADAPTER_KINDS
+
+    return [{"name": name, "about": about} for name, about in ADAPTER_KINDS.items()]

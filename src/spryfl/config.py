@@ -1,0 +1,255 @@
+"""What a run is: small frozen models, one per part, each validates itself.
+
+A run's file is TOML with one table per part; `load_config` reads it, applies overrides and reports
+every problem at once, each with its remedy.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spryfl.errors import ConfigError, nearest
+from spryfl.federated.method import METHODS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+ADAPTER_KINDS = {"lora": "low-rank pairs A, B beside frozen linear maps (any rank, any target modules, rsLoRA)"}
+
+
+class Part(BaseModel):
+    """One part of a configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Part):
+    """The base model; its weights stay frozen."""
+
+    name: str = Field("builtin:minilm", description="builtin:NAME, a hub id, or a local folder")
+    revision: str | None = Field(None, description="the hub revision; pin it for a reproducible run")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one")
+    trust_remote_code: bool = Field(False, description="run code from the hub repository")
+
+
+class AdapterConfig(Part):
+    """What is trained beside the head."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Positive = Field(1, description="LoRA r")
+    alpha: PositiveFloat = Field(1.0, description="LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    target_modules: tuple[str, ...] | None = Field(None, description="module names; query and value by default")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+
+
+class DataConfig(Part):
+    """The text and its labels."""
+
+    name: str = Field("builtin:movie_reviews", description="builtin:NAME, a hub id, a local file or folder")
+    subset: str | None = Field(None, description="the hub dataset's configuration, such as 'mnli' of glue")
+    text_columns: tuple[str, ...] = Field(("text",), min_length=1, max_length=2, description="one, or two for pairs")
+    label_column: str = "label"
+    test_split: str | None = Field(None, description="split evaluated on; test, else validation, by default")
+    test_fraction: Fraction = Field(0.2, description="cut off train where there is no test split")
+    max_tokens: Positive = Field(64, description="longer texts are truncated")
+    max_train_examples: Positive | None = None
+    max_test_examples: Positive | None = None
+
+
+class PartitionConfig(Part):
+    """How training examples are shared among clients."""
+
+    kind: Literal["dirichlet", "iid", "column"] = "dirichlet"
+    num_clients: Positive = Field(100, description="kind column: the column decides")
+    alpha: PositiveFloat = Field(1.0, description="Dirichlet concentration; smaller is more unequal")
+    min_examples: Positive = Field(2, description="every client holds at least this many")
+    column: str | None = Field(None, description="kind column: one client for each value")
+
+    @model_validator(mode="after")
+    def _column_belongs_to_its_kind(self) -> "PartitionConfig":
+        if (self.kind == "column") != (self.column is not None):
+            raise ValueError("kind = 'column' and column = NAME go together: give both or neither")
+        return self
+
+
+class MethodConfig(Part):
+    """The federated method and its estimator's settings."""
+
+    name: str = "spry"
+    num_tangents: Positive = Field(1, description="K: directions a step; unused by backprop")
+    distribution: Literal["gaussian", "rademacher"] = "gaussian"
+    step_size: PositiveFloat = Field(1e-3, description="h of the zeroth-order difference")
+    checkpointing: Literal["none", "per_layer"] = Field("none", description="of backprop")
+    head: Literal["every", "cycle"] = Field("every", description="the head goes to every client, or takes its turn")
+    rotate: bool = Field(True, description="start the cycle one unit further each round")
+    upload: Literal["values", "slopes"] | None = Field(None, description="what travels up; the method's own by default")
+
+    @model_validator(mode="after")
+    def _known_and_possible(self) -> "MethodConfig":
+        if self.name not in METHODS:
+            raise ValueError(f"unknown method '{self.name}'.{nearest(self.name, METHODS)} See: spry list methods")
+        if self.upload == "slopes" and METHODS[self.name].estimator == "backprop":
+            raise ValueError(f"upload = 'slopes': {self.name} uses backprop, which has none; leave upload out")
+        return self
+
+
+class LocalConfig(Part):
+    """A client's local training."""
+
+    epochs: Positive = Field(
+        1, description="passes over a client's examples a round; per-iteration methods take 1 step"
+    )
+    batch_size: Positive = 8
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class ServerConfig(Part):
+    """The rounds, and what the server does with their updates."""
+
+    num_rounds: Positive = 30
+    cohort_size: Positive = Field(10, description="clients a round")
+    optimizer: Literal["sgd", "adagrad", "adam", "yogi"] | None = Field(None, description="the method's by default")
+    learning_rate: PositiveFloat | None = Field(None, description="1 for sgd, 0.01 otherwise")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    tau: PositiveFloat = Field(1e-3, description="adaptivity: added to the denominator")
+
+
+class EvaluationConfig(Part):
+    """How often the global model is evaluated on the test split."""
+
+    every: Positive = Field(5, description="rounds; the last round is always evaluated")
+    batch_size: Positive = 64
+
+
+class CompareConfig(Part):
+    """One more run beside the main one, equal but for what `set` overrides."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="names its folder under compare/")
+    label: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value")
+
+
+class RunConfig(Part):
+    """A whole run."""
+
+    label: str | None = Field(None, description="what displays and tables call the run; the method by default")
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    method: MethodConfig = MethodConfig()
+    local: LocalConfig = LocalConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    compare: tuple[CompareConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> "RunConfig":
+        if self.partition.kind != "column" and self.server.cohort_size > self.partition.num_clients:
+            raise ValueError(
+                f"server.cohort_size = {self.server.cohort_size} exceeds partition.num_clients = "
+                f"{self.partition.num_clients}: lower the cohort or raise the number of clients"
+            )
+        names = [entry.name for entry in self.compare]
+        if len(set(names)) < len(names):
+            raise ValueError(f"compare: names must differ, got {names}")
+        return self
+
+    def compared(self) -> "dict[str, RunConfig]":
+        """The configuration of each `compare` entry, by its name."""
+        base = self.model_dump(exclude_none=True, exclude={"compare", "label"})
+        return {entry.name: parse_config(with_overrides(base, entry.set)) for entry in self.compare}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's TOML file and apply `part.key=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or holds unknown keys or impossible values.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Start one with: spry init {path.name}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    config = parse_config(with_overrides(table, dict(map(_parse_override, overrides))))
+    config.compared()  # a mistake in a later run must show before the first one starts
+    return config
+
+
+def parse_config(table: Mapping[str, Any]) -> RunConfig:
+    """Validate a configuration given as nested tables; all problems are reported at once."""
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(dict(problem)) for problem in error.errors())) from None
+
+
+def with_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested tables in which each dotted key is set."""
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    for dotted, value in overrides.items():
+        target = result
+        *parts, key = dotted.split(".")
+        for part in parts:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{dotted}: '{part}' is a value, not a table of keys")
+        target[key] = value
+    return result
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: write it as part.key=value, such as server.num_rounds=10")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()  # a bare word is a string: no quotes needed on the command line
+    return key.strip(), value
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """One line for one pydantic error, with the nearest known key where one is unknown."""
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, key = (str(part) for part in problem["loc"])
+        known = _fields(parents)
+        home = [f"{part}.{key}" for part in RunConfig.model_fields if key in _fields([part])]
+        hint = nearest(key, known) or (f" It belongs to {home[0]}." if home else "")
+        return f"unknown key '{path}'." + (hint or f" Known here: {', '.join(known)}.")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
+    return f"{path}: {message}{shown}" if path else f"{message}{shown}"
+
+
+def _fields(parents: Sequence[str]) -> list[str]:
+    """The keys known at a path of tables."""
+    part: type[BaseModel] = RunConfig
+    for parent in parents:
+        if parent.isdigit():
+            part = CompareConfig
+            continue
+        annotation = part.model_fields[parent].annotation if parent in part.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            part = annotation
+    return list(part.model_fields)

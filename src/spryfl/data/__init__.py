@@ -1,0 +1,1 @@
+"""Datasets, the task made of them, and their partition among clients."""

@@ -1,0 +1,79 @@
+"""Sequence and pair classification: texts to token ids, batches to losses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding
+
+from spryfl.config import DataConfig
+from spryfl.errors import DataError
+
+Batch = dict[str, Tensor]
+"""Model inputs and "labels", each (rows, ..), on the model's device."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized rows; they are padded only when batched.
+
+    Attributes:
+        encodings: model inputs of one row each, unpadded.
+        labels: (rows,) class numbers.
+    """
+
+    encodings: list[dict[str, list[int]]]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.encodings)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The task of predicting one label for a text or a pair of texts.
+
+    Attributes:
+        collator: pads the rows of a batch to its longest.
+        device: where batches go.
+    """
+
+    collator: DataCollatorWithPadding
+    device: torch.device
+
+    def batch(self, examples: Examples, rows: Sequence[int]) -> Batch:
+        """Pad some rows to the longest among them."""
+        padded = self.collator([examples.encodings[i] for i in rows])
+        batch = {name: tensor.to(self.device) for name, tensor in padded.items()}
+        batch["labels"] = torch.as_tensor(examples.labels[list(rows)], device=self.device)
+        return batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch, in float32 at least."""
+        logits = self.logits(model, batch)
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows, labels), in float32 at least."""
+        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:
+    """Token ids of every row, truncated to `max_tokens`.
+
+    Raises:
+        DataError: `max_tokens` exceeds what the model can read.
+    """
+    limit = tokenizer.model_max_length
+    if config.max_tokens > limit:
+        raise DataError(f"data.max_tokens = {config.max_tokens}: the model reads at most {limit} tokens")
+    texts = [list(rows[column]) for column in config.text_columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=config.max_tokens)
+    names = list(encoded)
+    encodings = [dict(zip(names, values, strict=True)) for values in zip(*(encoded[n] for n in names), strict=True)]
+    return Examples(encodings, np.asarray(rows[config.label_column][:], dtype=np.int64))

@@ -1,0 +1,197 @@
+"""A name -> train and test rows: built-in, local Parquet, CSV or JSONL, or a hub dataset."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from spryfl.config import DataConfig
+from spryfl.data.builtin import PREFIX, find_dataset
+from spryfl.errors import DataError, nearest
+
+LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
+TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Train and test rows whose labels are class numbers.
+
+    Attributes:
+        train, test: with the configured text columns and an integer column `label_column`.
+        num_labels: classes, counted on train.
+        label_names: one a class.
+    """
+
+    train: Dataset
+    test: Dataset
+    num_labels: int
+    label_names: tuple[str, ...]
+
+
+def load_rows(config: DataConfig, seed: int) -> LabelledRows:
+    """Load a dataset and check that it can be trained on.
+
+    Args:
+        seed: of the test split, where one must be cut, and of any subsampling.
+
+    Raises:
+        DataError: missing files, columns or splits; labels that are not class numbers.
+    """
+    with _quietly():
+        splits = _load_splits(config)
+        train, test = _train_and_test(splits, config, seed)
+        columns = [*config.text_columns, config.label_column]
+        for split, rows in (("train", train), ("test", test)):
+            _check_columns(rows, columns, split, config)
+        train, test, names = _with_class_numbers(train, test, config)
+        train = _at_most(train, config.max_train_examples, seed)
+        test = _at_most(test, config.max_test_examples, seed)
+    return LabelledRows(train, test, len(names), names)
+
+
+def _load_splits(config: DataConfig) -> Mapping[str, Dataset]:
+    if config.name.startswith(PREFIX):
+        builtin = find_dataset(config.name)
+        splits = _read_files(builtin.files, config)
+        if builtin.domain is None:
+            return splits
+        return {
+            split: rows.filter(lambda d: d == builtin.domain, input_columns="domain") for split, rows in splits.items()
+        }
+    path = Path(config.name).expanduser()
+    if path.is_file():
+        return _read_files({"train": path}, config)
+    if path.is_dir():
+        files = {f.stem: f for f in sorted(path.iterdir()) if f.suffix in LOADERS}
+        if "train" not in files:
+            raise DataError(
+                f"data.name = '{config.name}': no train.parquet, train.csv or train.jsonl in it; "
+                f"found {sorted(files) or 'no data files'}"
+            )
+        return _read_files(files, config)
+    if config.name.startswith((".", "/", "~")) or path.suffix in LOADERS or config.name.count("/") > 1:
+        raise DataError(f"data.name = '{config.name}': no such file or folder (looked in {Path.cwd()})")
+    return _from_hub(config)
+
+
+def _read_files(files: Mapping[str, Path], config: DataConfig) -> dict[str, Dataset]:
+    result = {}
+    for split, path in files.items():
+        loader = LOADERS.get(path.suffix)
+        if loader is None:
+            raise DataError(f"{path}: not Parquet, CSV or JSONL; known endings: {', '.join(LOADERS)}")
+        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        try:
+            rows = datasets.load_dataset(loader, data_files=str(path), split="train", **options)
+        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise DataError(f"{path}: cannot be read as {loader}: {' '.join(str(cause).split())[:200]}") from error
+        result[split] = rows
+    return result
+
+
+def _from_hub(config: DataConfig) -> Mapping[str, Dataset]:
+    try:
+        loaded = datasets.load_dataset(config.name, config.subset)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DataError(
+            f"data.name = '{config.name}': no local file, and not on the hub or the hub cannot be reached: "
+            f"check the name, give a local file, or use builtin:movie_reviews ({' '.join(str(error).split())[:120]})"
+        ) from error
+    assert isinstance(loaded, DatasetDict)
+    return {str(split): rows for split, rows in loaded.items()}
+
+
+def _train_and_test(splits: Mapping[str, Dataset], config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
+    if "train" not in splits:
+        raise DataError(f"data.name = '{config.name}': no split named train; it has {sorted(splits)}")
+    if config.test_split is not None and config.test_split not in splits:
+        known = sorted(set(splits) - {"train"})
+        raise DataError(
+            f"data.test_split = '{config.test_split}': no such split.{nearest(config.test_split, known)} It has {known}"
+        )
+    train = splits["train"]
+    test_split = config.test_split or next((name for name in TEST_SPLITS if name in splits), None)
+    if test_split is not None:
+        return train, splits[test_split]
+    num_test = int(len(train) * config.test_fraction)
+    if not 0 < num_test < len(train):
+        raise DataError(f"data.name = '{config.name}': {len(train)} rows are too few to cut a test split from")
+    order = _permutation(len(train), seed)
+    return train.select(np.sort(order[num_test:])), train.select(np.sort(order[:num_test]))
+
+
+def _check_columns(rows: Dataset, columns: list[str], split: str, config: DataConfig) -> None:
+    if len(rows) == 0:
+        raise DataError(f"data.name = '{config.name}': split {split} has no rows")
+    for column in columns:
+        if column not in rows.column_names:
+            key = "label_column" if column == config.label_column else "text_columns"
+            raise DataError(
+                f"data.{key}: split {split} has no column '{column}'.{nearest(column, rows.column_names)} "
+                f"It has {rows.column_names}"
+            )
+    for column in config.text_columns:
+        # Read by column, so that a number or a null among the texts is named by its row.
+        for index, value in enumerate(rows[column]):
+            if not isinstance(value, str):
+                raise DataError(f"data.text_columns: {split} row {index}, column '{column}' holds {value!r}, not text")
+
+
+def _with_class_numbers(train: Dataset, test: Dataset, config: DataConfig) -> tuple[Dataset, Dataset, tuple[str, ...]]:
+    """Labels as numbers from 0; text labels are numbered in alphabetical order."""
+    column = config.label_column
+    feature = train.features[column]
+    train_labels, test_labels = train[column][:], test[column][:]
+    if any(isinstance(label, str) for label in train_labels):
+        names = tuple(sorted({str(label) for label in train_labels}))
+        number = {name: index for index, name in enumerate(names)}
+        numbered = [[number.get(label, -1) for label in labels] for labels in (train_labels, test_labels)]
+    else:
+        names = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+        numbered = [train_labels, test_labels]
+        if not names and all(isinstance(label, int) for label in train_labels):
+            names = tuple(str(index) for index in range(max(train_labels) + 1))
+    for split, labels, given in (("train", numbered[0], train_labels), ("test", numbered[1], test_labels)):
+        wrong = [i for i, label in enumerate(labels) if not isinstance(label, int) or not 0 <= label < len(names)]
+        if wrong:
+            raise DataError(
+                f"data.label_column '{column}': {len(wrong)} of {len(labels)} {split} rows have a label out of range, "
+                f"first row {wrong[0]} with {given[wrong[0]]!r}; labels are 0 to {max(len(names) - 1, 0)} or text seen "
+                "in train. Drop or mend those rows"
+            )
+    if len(set(numbered[0])) < 2:
+        raise DataError(f"data.label_column '{column}': all train rows have the same label; nothing can be learned")
+    return (
+        train.remove_columns(column).add_column(column, numbered[0]),
+        test.remove_columns(column).add_column(column, numbered[1]),
+        names,
+    )
+
+
+def _at_most(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(np.sort(_permutation(len(rows), seed)[:limit]))
+
+
+def _permutation(count: int, seed: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=seed)).permutation(count)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars: the run has its own."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()

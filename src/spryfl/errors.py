@@ -1,0 +1,44 @@
+"""The exception tree. A message says what is wrong, which value, why, and the remedy."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SpryError(Exception):
+    """A problem the user can mend: the command line shows one line and exits with code 2."""
+
+
+class ConfigError(SpryError):
+    """A run's configuration is impossible or has an unknown key."""
+
+
+class DataError(SpryError):
+    """A dataset is missing, has the wrong columns or labels, or cannot be partitioned."""
+
+
+class ModelError(SpryError):
+    """A model cannot be found, verified or loaded."""
+
+
+class UnsupportedModuleError(SpryError):
+    """A model has modules that forward mode cannot pass through."""
+
+
+class RunDirectoryError(SpryError):
+    """A run directory cannot be written, or holds no run to resume."""
+
+
+class UpdateRefusedError(SpryError):
+    """A client update failed validation: it is counted and named, and the round goes on."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def lookup_error(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that stands in none of a table's rows."""
+    names = sorted(known)
+    return f"unknown {kind} '{name}'.{nearest(name, names)} Known: {', '.join(names)}."

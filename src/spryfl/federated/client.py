@@ -1,0 +1,160 @@
+"""What a client does with a task: Spry's ClientTrain, for any estimator."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spryfl.errors import SpryError
+from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
+from spryfl.federated.messages import ClientTask, ClientUpdate
+from spryfl.federated.method import Pace
+from spryfl.gradients.directions import DirectionStream, Distribution
+from spryfl.gradients.estimator import GradientEstimator, Loss
+
+BatchT = TypeVar("BatchT")
+
+
+class ClientData(Protocol[BatchT]):
+    """One client's examples and how they become losses."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Sequence[int]) -> BatchT: ...
+
+    def loss(self, model: nn.Module, batch: BatchT) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How clients train: the same for all clients of a run, known to them and the server."""
+
+    pace: Pace
+    epochs: int
+    batch_size: int
+    optimizer: LocalOptimizerName
+    learning_rate: float
+    weight_decay: float
+    num_tangents: int
+    distribution: Distribution
+
+    def num_steps(self, num_examples: int) -> int:
+        """Local steps a round of a client with this many examples."""
+        return 1 if self.pace == "iteration" else self.epochs * -(-num_examples // self.batch_size)
+
+    def new_optimizer(self, values: Mapping[str, Tensor]) -> LocalOptimizer:
+        return LocalOptimizer(values, self.optimizer, self.learning_rate, self.weight_decay)
+
+    def directions(self, task: ClientTask) -> DirectionStream:
+        return DirectionStream(task.seed, task.round, task.client, self.distribution)
+
+
+@dataclass(frozen=True)
+class Client(Generic[BatchT]):
+    """A client: its data, the shared frozen model, an estimator."""
+
+    model: nn.Module
+    data: ClientData[BatchT]
+    estimator: GradientEstimator
+    training: LocalTraining
+
+    def update(self, task: ClientTask) -> ClientUpdate:
+        """Perform a task: local steps on the assigned units; the model is left as it was found.
+
+        Each step estimates the gradient of its batch's loss at the current values and steps the local
+        optimizer (Spry, algorithm 1, ClientTrain).
+        """
+        started = time.perf_counter()
+        directions = self.training.directions(task)
+        optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
+        losses, slopes, num_seen, gradients = [], [], 0, {}
+        with loaded(self.model, task.values), torch.random.fork_rng(devices=self._accelerators()):
+            for step, rows in enumerate(self._batches(task)):
+                estimate = self.estimator.estimate(
+                    self.model,
+                    self._loss(task, step, rows),
+                    task.parameters,
+                    lambda k, name, shape, step=step: directions.draw(step, k, name, shape),
+                    len(rows),
+                )
+                gradients = estimate.gradients
+                losses.append(estimate.loss * len(rows))
+                num_seen += len(rows)
+                if estimate.slopes is not None:
+                    slopes.append(estimate.slopes)
+                if self.training.pace == "epoch":
+                    optimizer.step(gradients)
+                    write_values(self.model, optimizer.values)
+        return ClientUpdate(
+            round=task.round,
+            client=task.client,
+            num_examples=num_seen // (self.training.epochs if self.training.pace == "epoch" else 1),
+            loss=sum(losses) / num_seen,
+            tensors={"values": optimizer.values, "gradients": gradients, "slopes": {}}[task.upload],
+            slopes=torch.stack(slopes) if task.upload == "slopes" else None,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _batches(self, task: ClientTask) -> Iterator[np.ndarray]:
+        """Row numbers of each local step's batch: shuffled anew each round and epoch, from the seed."""
+        size = self.training.batch_size
+        order = np.random.Generator(np.random.Philox(key=task.seed, counter=_address(task, "batches")))
+        if len(self.data) == 0:
+            raise SpryError(f"client {task.client} has no examples")
+        if self.training.pace == "iteration":
+            yield order.permutation(len(self.data))[:size]
+            return
+        for _ in range(self.training.epochs):
+            rows = order.permutation(len(self.data))
+            yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+    def _loss(self, task: ClientTask, step: int, rows: np.ndarray) -> Loss:
+        """The batch's loss; dropout draws the same mask at every evaluation of the same step."""
+        batch = self.data.batch(rows.tolist())
+        seed = int.from_bytes(
+            hashlib.blake2b(f"{task.seed}/{task.round}/{task.client}/{step}".encode(), digest_size=7).digest(), "little"
+        )
+
+        def loss(model: nn.Module) -> Tensor:
+            torch.manual_seed(seed)
+            return self.data.loss(model, batch)
+
+        return loss
+
+    def _accelerators(self) -> list[torch.device]:
+        device = next(self.model.parameters()).device
+        return [] if device.type == "cpu" else [device]
+
+
+def _address(task: ClientTask, purpose: str) -> np.ndarray:
+    tag = int.from_bytes(purpose.encode()[:7], "little")
+    return np.array([0, tag, task.client, task.round], dtype=np.uint64)
+
+
+def write_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy float32 master values into the model's parameters, in their device and dtype."""
+    with torch.no_grad():
+        for name, value in values.items():
+            model.get_parameter(name).copy_(value)
+
+
+def read_values(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Float32 copies, on the CPU, of some parameters."""
+    return {name: model.get_parameter(name).detach().to("cpu", torch.float32, copy=True) for name in names}
+
+
+@contextmanager
+def loaded(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with these values in its trainable parameters, its own restored afterwards."""
+    saved = {name: model.get_parameter(name).detach().clone() for name in values}
+    try:
+        write_values(model, values)
+        yield
+    finally:
+        write_values(model, saved)

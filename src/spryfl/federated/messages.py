@@ -1,0 +1,90 @@
+"""What travels between server and clients, as plain data, and the seam that carries it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from spryfl.federated.method import Upload
+
+SEED_BYTES = 8
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What the server asks of a client in one round.
+
+    Attributes:
+        client: its partition id.
+        seed: the run's; with round, client, step, k and name it addresses every direction.
+        units: the units it trains.
+        parameters: those units' parameters, in the model's order.
+        values: present value of **every** trainable parameter, float32 on the CPU: the units trained by
+            others are part of the function this client differentiates.
+        upload: what to send back.
+    """
+
+    round: int
+    client: int
+    seed: int
+    units: tuple[str, ...]
+    parameters: tuple[str, ...]
+    values: dict[str, Tensor]
+    upload: Upload
+
+    @property
+    def payload_bytes(self) -> int:
+        """Tensor bytes and the seed; names and framing not counted."""
+        return _tensor_bytes(self.values) + SEED_BYTES
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client sends back.
+
+    Attributes:
+        num_examples: trained on this round; its weight in the mean.
+        loss: mean training loss.
+        tensors: trained values or gradients of the assigned parameters; empty for upload "slopes".
+        slopes: (steps, K) float32 for upload "slopes", else None.
+        seconds: the client's computing time.
+        peak_activation_bytes: measured; 0 where this update was not metered.
+    """
+
+    round: int
+    client: int
+    num_examples: int
+    loss: float
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    slopes: Tensor | None = None
+    seconds: float = 0.0
+    peak_activation_bytes: int = 0
+
+    @property
+    def payload_bytes(self) -> int:
+        """Tensor bytes; names and framing not counted."""
+        return _tensor_bytes(self.tensors) + (0 if self.slopes is None else self.slopes.nbytes)
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """A client that returned nothing usable, and why."""
+
+    client: int
+    reason: str
+
+
+class Runtime(Protocol):
+    """Where clients run: tasks in; updates and failures out, in any order.
+
+    An update may be malformed or hostile: the round loop validates it.
+    """
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Have each task performed by its client."""
+        ...
+
+
+def _tensor_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,199 @@
+"""The round loop: the one place that reads top to bottom like the paper's algorithm.
+
+A round takes the federation's state and returns the next; where clients run and what becomes of the
+reports is no concern of it.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from spryfl.errors import SpryError, UpdateRefusedError
+from spryfl.federated.aggregation import Contribution, weighted_mean
+from spryfl.federated.assignment import assign_units
+from spryfl.federated.client import LocalTraining
+from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
+from spryfl.federated.method import Assignment, Upload
+from spryfl.federated.sampling import sample_cohort
+from spryfl.federated.server_optimizer import Moments, ServerUpdate
+from spryfl.federated.validation import validate_update
+from spryfl.gradients.estimator import gradient_from_slopes
+
+
+@dataclass(frozen=True)
+class FederatedState:
+    """All that a later round depends on.
+
+    Attributes:
+        round: rounds done.
+        values: every trainable parameter, float32 on the CPU.
+        moments: of the server optimizer.
+    """
+
+    round: int
+    values: dict[str, Tensor]
+    moments: Moments = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What stays the same from round to round.
+
+    Attributes:
+        units: unit name -> its parameters, from the lowest layer up.
+        shared: units every client of the cohort trains (the head, by default).
+        rotate: start the cycle of units one further each round; the released code always starts at 0.
+    """
+
+    seed: int
+    num_clients: int
+    cohort_size: int
+    units: dict[str, tuple[str, ...]]
+    shared: tuple[str, ...]
+    assignment: Assignment
+    rotate: bool
+    upload: Upload
+    training: LocalTraining
+    server: ServerUpdate
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round.
+
+    Attributes:
+        loss: clients' mean training loss, weighted by examples.
+        num_updates: clients whose updates were used.
+        failures: clients that returned nothing.
+        refused: clients whose update failed validation, and why.
+        untrained: units nobody trained; they stay as they were.
+        seconds: wall-clock time; client_seconds: the clients' computing time, added up.
+    """
+
+    round: int
+    loss: float
+    num_updates: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    client_seconds: float
+    peak_activation_bytes: int
+    failures: tuple[ClientFailure, ...]
+    refused: tuple[ClientFailure, ...]
+    untrained: tuple[str, ...]
+
+
+def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -> tuple[FederatedState, RoundReport]:
+    """One round of any method (Spry, algorithm 1).
+
+    Raises:
+        SpryError: no client returned a usable update.
+    """
+    started = time.perf_counter()
+    round = state.round + 1
+
+    # 1. Sample the cohort and assign units to its clients.
+    cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
+    start = state.round if federation.rotate else 0
+    assigned = assign_units(federation.assignment, list(federation.units), cohort, start, federation.shared)
+
+    # 2. Send each client the present values, its units' names and the seed.
+    tasks = {client: _task(state, federation, client, units) for client, units in assigned.items()}
+
+    # 3. Clients train; what they return is validated before anything else.
+    updates, failures, refused = _collect(runtime, list(tasks.values()), federation)
+    if not updates:
+        reasons = [f"client {f.client}: {f.reason}" for f in (*failures, *refused)]
+        raise SpryError(f"round {round}: no client returned a usable update; {'; '.join(reasons[:3])}")
+
+    # 4. Each unit's change: the mean over the clients that trained it, weighted by examples.
+    contributions = [
+        Contribution(u.client, proposed_change(u, tasks[u.client], federation), u.num_examples) for u in updates
+    ]
+    change = weighted_mean(contributions)
+
+    # 5. The server optimizer applies it; units nobody trained stay bitwise as they were.
+    values, moments = federation.server.apply(state.values, change, state.moments)
+
+    total = sum(u.num_examples for u in updates)
+    report = RoundReport(
+        round=round,
+        loss=sum(u.loss * u.num_examples for u in sorted(updates, key=lambda u: u.client)) / total,
+        num_updates=len(updates),
+        bytes_up=sum(u.payload_bytes for u in updates),
+        bytes_down=sum(task.payload_bytes for task in tasks.values()),
+        seconds=time.perf_counter() - started,
+        client_seconds=sum(u.seconds for u in updates),
+        peak_activation_bytes=max(u.peak_activation_bytes for u in updates),
+        failures=tuple(failures),
+        refused=tuple(refused),
+        untrained=tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters)),
+    )
+    return replace(state, round=round, values=values, moments=moments), report
+
+
+def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federation) -> dict[str, Tensor]:
+    """What a validated update proposes: trained minus old values, or minus one step's gradient.
+
+    From slopes alone the server rebuilds the client's gradients, and for methods that train for an
+    epoch replays its local optimizer over them.
+    """
+    training = federation.training
+    old = {name: task.values[name] for name in task.parameters}
+    if update.slopes is not None:
+        directions = training.directions(task)
+        shapes = {name: value.shape for name, value in old.items()}
+        optimizer = training.new_optimizer(old)
+        for step, slopes in enumerate(update.slopes):
+            gradients = gradient_from_slopes(
+                slopes, shapes, lambda k, name, shape, step=step: directions.draw(step, k, name, shape)
+            )
+            if training.pace == "iteration":
+                return {name: -gradient for name, gradient in gradients.items()}
+            optimizer.step(gradients)
+        return {name: optimizer.values[name] - value for name, value in old.items()}
+    if task.upload == "gradients":
+        return {name: -gradient for name, gradient in update.tensors.items()}
+    return {name: update.tensors[name] - value for name, value in old.items()}
+
+
+def _task(state: FederatedState, federation: Federation, client: int, units: Sequence[str]) -> ClientTask:
+    return ClientTask(
+        round=state.round + 1,
+        client=client,
+        seed=federation.seed,
+        units=tuple(units),
+        parameters=tuple(name for unit in units for name in federation.units[unit]),
+        values=state.values,
+        upload=federation.upload,
+    )
+
+
+def _collect(
+    runtime: Runtime, tasks: Sequence[ClientTask], federation: Federation
+) -> tuple[list[ClientUpdate], list[ClientFailure], list[ClientFailure]]:
+    """Updates that passed validation, clients that failed, and clients whose update was refused."""
+    updates: list[ClientUpdate] = []
+    failures: list[ClientFailure] = []
+    refused: list[ClientFailure] = []
+    open_tasks = {task.client: task for task in tasks}
+    for answer in runtime.run(tasks):
+        if isinstance(answer, ClientFailure):
+            failures.append(answer)
+            continue
+        try:
+            validate_update(answer, open_tasks.pop(answer.client, None), _slopes_shape(answer, federation))
+        except UpdateRefusedError as error:
+            refused.append(ClientFailure(answer.client, str(error)))
+        else:
+            updates.append(answer)
+    return updates, failures, refused
+
+
+def _slopes_shape(update: ClientUpdate, federation: Federation) -> tuple[int, int] | None:
+    if federation.upload != "slopes":
+        return None
+    steps = federation.training.num_steps(update.num_examples) if isinstance(update.num_examples, int) else 1
+    return steps, federation.training.num_tangents

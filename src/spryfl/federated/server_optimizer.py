@@ -1,0 +1,66 @@
+"""Server optimizers on the pseudo-gradient (Reddi et al. 2021, "Adaptive Federated Optimization").
+
+    sgd:      x += lr D
+    adagrad:  m = b1 m + (1 - b1) D,  v = v + D^2
+    adam:     m as above,             v = b2 v + (1 - b2) D^2
+    yogi:     m as above,             v = v - (1 - b2) D^2 sign(v - D^2)
+    the adaptive three:  x += lr m / (sqrt(v) + tau)
+
+D is the mean change that a parameter's clients propose (their mean minus the old value, or minus the mean
+gradient). v starts at tau^2 and there is no bias correction, as in the paper's algorithm 2.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spryfl.federated.method import ServerOptimizer
+
+Moments = dict[str, Tensor]
+"""Optimizer state: "m/NAME" and "v/NAME" for every parameter that has been updated."""
+
+SecondMoment = Callable[[Tensor, Tensor, float], Tensor]
+
+SECOND_MOMENTS: dict[ServerOptimizer, SecondMoment] = {
+    "adagrad": lambda v, square, beta2: v + square,
+    "adam": lambda v, square, beta2: beta2 * v + (1 - beta2) * square,
+    "yogi": lambda v, square, beta2: v - (1 - beta2) * square * torch.sign(v - square),
+}
+
+DEFAULT_LEARNING_RATES: dict[ServerOptimizer, float] = {"sgd": 1.0, "adagrad": 1e-2, "adam": 1e-2, "yogi": 1e-2}
+
+
+@dataclass(frozen=True)
+class ServerUpdate:
+    """A server optimizer with its settings: a pure function of values, change and moments."""
+
+    kind: ServerOptimizer
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def apply(
+        self, values: Mapping[str, Tensor], change: Mapping[str, Tensor], moments: Moments
+    ) -> tuple[dict[str, Tensor], Moments]:
+        """New values and moments; parameters without a change keep theirs, bitwise.
+
+        Args:
+            values: all trainable parameters, float32.
+            change: D, of the parameters that were trained.
+            moments: as returned before; empty at the start.
+        """
+        new_values, new_moments = dict(values), dict(moments)
+        for name, delta in change.items():
+            if self.kind == "sgd":
+                new_values[name] = values[name] + self.learning_rate * delta
+                continue
+            m = moments.get(f"m/{name}", torch.zeros_like(delta))
+            v = moments.get(f"v/{name}", torch.full_like(delta, self.tau**2))
+            m = self.beta1 * m + (1 - self.beta1) * delta
+            v = SECOND_MOMENTS[self.kind](v, delta.square(), self.beta2)
+            new_values[name] = values[name] + self.learning_rate * m / (v.sqrt() + self.tau)
+            new_moments[f"m/{name}"], new_moments[f"v/{name}"] = m, v
+        return new_values, new_moments

@@ -1,0 +1,147 @@
+"""Which modules of a model forward mode can pass through: all problems at once, each with its remedy.
+
+The model is run once on a few tokens with a tangent on its embeddings. A module that raises is recorded and
+replaced by its primal with a zero tangent, so the pass goes on and finds the others. Values do not matter,
+so a model without its weights serves (`models.loading.skeleton`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from spryfl.forward_mode.dual import pack, unpack
+
+BATCH, TOKENS = 2, 8
+
+REMEDIES: tuple[tuple[str, str], ...] = (
+    ("scaled_dot_product", "Its attention bypasses transformers' attention interface: ask its authors to use it"),
+    ("flash", "Its attention bypasses transformers' attention interface: ask its authors to use it"),
+    ("jvp", "Its custom autograd function has no jvp: add one, or replace the module by plain PyTorch"),
+    ("forward AD", "Replace this operation by one with a forward derivative, or train with fedavg or fedyogi"),
+)
+DEFAULT_REMEDY = "Train this model with a backprop method such as fedyogi, or replace the module"
+DROPPED = "no tangent comes out though one goes in (detach, .data, or a conversion through integers or NumPy)"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A module that forward mode cannot pass through.
+
+    Attributes:
+        module: its path in the model.
+        kind: its class.
+    """
+
+    module: str
+    kind: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class SupportReport:
+    """Every unsupported module of a model; none if all are supported."""
+
+    num_modules: int
+    problems: tuple[Problem, ...]
+
+
+def check_support(model: nn.Module) -> SupportReport:
+    """Find every module of a transformers model that a tangent cannot pass through.
+
+    Args:
+        model: with input embeddings and token ids as input; left as it was found.
+    """
+    problems: dict[str, Problem] = {}
+    ids = torch.ones(BATCH, TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+    mask = torch.ones_like(ids)
+    mask[0, TOKENS // 2 :] = 0  # padding, so that masked code runs too
+    modules = {path: module for path, module in model.named_modules() if path}
+    with torch.no_grad(), forward_ad.dual_level(), _guarded(modules, problems), _tangent_on_embeddings(model):
+        try:
+            output = model(input_ids=ids, attention_mask=mask)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            problems.setdefault("", _problem("", model, error))
+        else:
+            if not problems and unpack(output.logits)[1] is None:
+                problems[""] = Problem("(whole model)", type(model).__name__, DROPPED, DEFAULT_REMEDY)
+    return SupportReport(len(modules), tuple(problems.values()))
+
+
+@contextmanager
+def _guarded(modules: dict[str, nn.Module], problems: dict[str, Problem]) -> Iterator[None]:
+    """Let every module record its failure instead of raising; the innermost one that fails is named."""
+    try:
+        for path, module in modules.items():
+            module.forward = _recording(path, module, problems)
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+def _recording(path: str, module: nn.Module, problems: dict[str, Problem]) -> Callable[..., Any]:
+    forward = module.forward
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        before = len(problems)
+        try:
+            output = forward(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            problems[path] = _problem(path, module, error)
+            plain_args, plain_kwargs = tree_map(_primal, (args, kwargs))
+            return tree_map(_with_zero_tangent, forward(*plain_args, **plain_kwargs))
+        # A rotary embedding takes the hidden state for its device and dtype only, so a module of no
+        # parameters that drops the tangent is fine unless all of its input's users lose it.
+        if len(problems) == before and _carries(args) and not _carries(output) and _owns_weights(module):
+            problems[path] = Problem(path, type(module).__name__, DROPPED, DEFAULT_REMEDY)
+            return tree_map(_with_zero_tangent, output)
+        return output
+
+    return guarded
+
+
+@contextmanager
+def _tangent_on_embeddings(model: nn.Module) -> Iterator[None]:
+    """Give the input embeddings' output a tangent, so that one reaches every module above."""
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return pack(output, torch.zeros_like(output))
+
+    handle = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator, union-attr]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _problem(path: str, module: nn.Module, error: Exception) -> Problem:
+    text = " ".join(str(error).split())
+    remedy = next((remedy for sign, remedy in REMEDIES if sign.lower() in text.lower()), DEFAULT_REMEDY)
+    return Problem(path or "(whole model)", type(module).__name__, text.split(". ")[0][:200], remedy)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _carries(tree: Any) -> bool:
+    return any(_is_float(leaf) and unpack(leaf)[1] is not None for leaf in tree_leaves(tree))
+
+
+def _owns_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _primal(value: Any) -> Any:
+    return unpack(value)[0] if _is_float(value) else value
+
+
+def _with_zero_tangent(value: Any) -> Any:
+    return pack(_primal(value), torch.zeros_like(_primal(value))) if _is_float(value) else value

@@ -1,0 +1,84 @@
+"""What an estimator is and what it returns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module], Tensor]
+"""Maps the model, its present values loaded, to the mean loss of one batch: a scalar tensor."""
+
+Draw = Callable[[int, str, torch.Size], Tensor]
+"""(k, parameter name, shape) -> the k-th direction of that parameter, float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class GradientEstimate:
+    """An estimated gradient of one batch's loss.
+
+    Attributes:
+        gradients: by parameter name, float32 on the CPU, where adapter-sized arithmetic is the same on
+            every machine.
+        loss: the batch's mean loss.
+        slopes: (K,) float32 on the CPU: slope along each direction; None for backprop.
+        num_examples: rows of the batch.
+    """
+
+    gradients: dict[str, Tensor]
+    loss: float
+    slopes: Tensor | None
+    num_examples: int
+
+
+class GradientEstimator(Protocol):
+    """Estimates the gradient of a loss with respect to some of a model's parameters.
+
+    The model is left as it was found.
+    """
+
+    def estimate(
+        self, model: nn.Module, loss: Loss, parameters: Sequence[str], draw: Draw, num_examples: int
+    ) -> GradientEstimate:
+        """Estimate the gradient of `loss` at the model's present values.
+
+        Args:
+            model: holds the parameters; any device and floating dtype.
+            loss: one batch's loss as a function of the model.
+            parameters: names, as in `model.named_parameters()`, of what is differentiated.
+            draw: seeded directions; backprop does not call it.
+            num_examples: rows of the batch, passed through.
+        """
+        ...
+
+
+def gradient_from_slopes(slopes: Tensor, shapes: Mapping[str, torch.Size], draw: Draw) -> dict[str, Tensor]:
+    """Rebuild a gradient from its slopes: g = (1/K) sum_k s_k v_k.
+
+    Client and server both call this, so what the server rebuilds from K scalars and a seed is
+    bitwise what the client used (Spry's per-iteration mode; Panchal et al. 2024, section 3.2).
+
+    Args:
+        slopes: (K,) float32.
+        shapes: shape of each parameter's gradient, by name.
+        draw: the directions the slopes were taken along.
+    """
+    num_tangents = slopes.numel()
+    gradients = {}
+    for name, shape in shapes.items():
+        total = torch.zeros(shape)
+        for k in range(num_tangents):
+            total.add_(draw(k, name, shape), alpha=float(slopes[k]) / num_tangents)
+        gradients[name] = total
+    return gradients
+
+
+def estimate_from_slopes(
+    model: nn.Module, slopes: list[float], loss: float, parameters: Sequence[str], draw: Draw, num_examples: int
+) -> GradientEstimate:
+    """The GradientEstimate of an estimator that measures slopes along drawn directions."""
+    # Rounded to float32 first: that is what travels, so both sides see the same numbers.
+    rounded = torch.tensor(slopes, dtype=torch.float32)
+    shapes = {name: model.get_parameter(name).shape for name in parameters}
+    return GradientEstimate(gradient_from_slopes(rounded, shapes, draw), loss, rounded, num_examples)

@@ -1,0 +1,1 @@
+"""Memory, measured. Predicting it before a run comes later."""

@@ -1,0 +1,1 @@
+"""Base models, their adapters, and the trainable units the server assigns."""

@@ -1,0 +1,61 @@
+"""Adapters, through PEFT: a table from kind to PEFT configuration."""
+
+from collections.abc import Callable, Sequence
+
+from peft import LoraConfig, PeftConfig, TaskType
+from torch import nn
+
+from spryfl.config import AdapterConfig
+from spryfl.errors import ModelError
+
+# Query and value projections by model family, as module-name suffixes; the first present pair is taken.
+QUERY_VALUE: tuple[tuple[str, str], ...] = (
+    ("query", "value"),  # BERT, RoBERTa, ALBERT
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("q_proj", "v_proj"),  # Llama, OPT, Mistral, Qwen, Gemma
+)
+
+
+def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str]) -> PeftConfig:
+    """LoRA (Hu et al. 2022): W x + (alpha / r) B A x, with A (r x in) and B (out x r) trained."""
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT only divides it
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules=list(targets),
+        modules_to_save=list(head),
+        task_type=TaskType.SEQ_CLS,
+    )
+
+
+ADAPTERS: dict[str, Callable[[AdapterConfig, Sequence[str], Sequence[str]], PeftConfig]] = {"lora": _lora}
+
+
+def adapter_config(config: AdapterConfig, model: nn.Module, head: Sequence[str]) -> PeftConfig:
+    """The PEFT configuration of an adapter for a model.
+
+    Args:
+        config: the run's adapter part.
+        model: the base model; looked at for its projections' names.
+        head: names of modules trained in full.
+
+    Raises:
+        ModelError: the target modules are not in the model.
+    """
+    return ADAPTERS[config.kind](config, target_modules(config, model), head)
+
+
+def target_modules(config: AdapterConfig, model: nn.Module) -> tuple[str, ...]:
+    """The modules to adapt: those asked for, or the model's query and value projections."""
+    suffixes = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if config.target_modules is not None:
+        missing = [name for name in config.target_modules if name.rpartition(".")[2] not in suffixes]
+        if missing:
+            linear = sorted({p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise ModelError(f"adapter.target_modules: no module named {missing} here. Linear ones: {linear}")
+        return config.target_modules
+    for pair in QUERY_VALUE:
+        if suffixes.issuperset(pair):
+            return pair
+    raise ModelError("adapter.target_modules: no query and value projections known for this model; name them")

@@ -1,0 +1,262 @@
+"""A name -> a frozen base model with an adapter, its tokenizer and its units.
+
+Weights come as safetensors (or a verified GGUF file), never as pickle, and no code from a repository
+runs unless the user asks for it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
+
+from spryfl.config import AdapterConfig, ModelConfig
+from spryfl.errors import ModelError
+from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
+from spryfl.forward_mode.feed_forward import chunk_feed_forward
+from spryfl.models.adapters import adapter_config
+from spryfl.models.builtin import PREFIX, locate
+from spryfl.models.units import Unit, trainable_units
+
+# A classification head by the names transformers gives it. A head is also whatever the checkpoint lacks.
+HEAD_NAMES = ("classifier", "score", "pre_classifier")
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A frozen base model with its adapter and head.
+
+    Attributes:
+        model: in evaluation mode; only the adapter and the head require gradients.
+        tokenizer: with a padding token.
+        units: what the server assigns, from the lowest layer up.
+        dtype: what the base model computes in.
+    """
+
+    model: PeftModel
+    tokenizer: Any
+    units: tuple[Unit, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    Attributes:
+        location: a local folder or a hub id.
+        published: the name written into the saved adapter, so that others can load it.
+        gguf_file: the weights, where they are not safetensors.
+    """
+
+    location: str
+    published: str
+    gguf_file: str | None = None
+
+
+def find_model(name: str) -> Source:
+    """Resolve `builtin:NAME`, a local folder or a hub id to where its files are."""
+    if name.startswith(PREFIX):
+        folder, builtin = locate(name)
+        gguf = builtin.weights if builtin.weights.endswith(".gguf") else None
+        return Source(str(folder), builtin.hub_id, gguf)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(str(path), name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model.name = '{name}': no such folder")
+    return Source(name, name)
+
+
+def load_model(
+    config: ModelConfig, adapter: AdapterConfig, num_labels: int, seed: int, *, low_precision: bool = True
+) -> AdaptedModel:
+    """Load a base model for classification and put an adapter on it.
+
+    Args:
+        num_labels: width of the head.
+        seed: of the head's and the adapter's initial values.
+        low_precision: whether dtype "auto" may choose bfloat16; finite differences cannot bear it.
+
+    Raises:
+        ModelError: the model is missing, unsafe, unsuited, or offline and not stored locally.
+    """
+    register_attention()
+    source = find_model(config.name)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device, low_precision)
+    with _seeded(seed), _quietly(), _explained(config):
+        options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        if source.gguf_file:
+            options["gguf_file"] = source.gguf_file
+        else:
+            options["use_safetensors"] = True
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, **{k: v for k, v in options.items() if k != "use_safetensors"}
+        )
+        base, info = AutoModelForSequenceClassification.from_pretrained(
+            source.location,
+            num_labels=num_labels,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+            **options,
+        )
+        _prepare(base, tokenizer)
+        base.name_or_path = source.published
+        head = head_modules(base, info["missing_keys"])
+        model = get_peft_model(base, adapter_config(adapter, base, head))
+    model.eval().to(device)
+    chunk_feed_forward(model)
+    return AdaptedModel(model, tokenizer, trainable_units(model), dtype)
+
+
+def head_modules(base: nn.Module, missing: Sequence[str]) -> list[str]:
+    """Top-level modules to train in full: the known heads, and all that the checkpoint did not hold.
+
+    A module the checkpoint lacks has random values that no one else can reproduce, so it must be
+    trained and saved with the adapter (DistilBERT's pre_classifier, a missing pooler).
+    """
+    names = [name for name in HEAD_NAMES if hasattr(base, name)]
+    for key in sorted(missing):
+        parts = key.split(".")
+        # model.score.weight -> score; bert.pooler.dense.weight -> pooler
+        module = parts[0] if parts[0] in names or len(parts) < 3 else parts[1]
+        if module not in names and parts[0] not in names:
+            names.append(module)
+    return names
+
+
+def transformer_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers, as checkpointing cuts the model; outermost ones only."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    if not found:
+        raise ModelError("checkpointing = 'per_layer': this model has no layers transformers can checkpoint")
+    return found
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device to compute on; "auto" takes an accelerator if there is one."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"model.device = '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, low_precision: bool = True) -> torch.dtype:
+    """What the frozen model computes in; "auto" is bfloat16 where the hardware multiplies it fast."""
+    if name != "auto":
+        return torch.float32 if name == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast and low_precision else torch.float32
+
+
+def _prepare(base: PreTrainedModel, tokenizer: Any) -> None:
+    """Padding known to model and tokenizer; no key-value cache, which would keep every layer's."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    base.config.pad_token_id = tokenizer.pad_token_id
+    base.config.use_cache = False
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initial values from this seed, the caller's generator untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars and load reports: a head missing from the checkpoint is expected here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(config: ModelConfig) -> Iterator[None]:
+    """Turn what the libraries raise for a wrong name, no network or unsafe files into one clear line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            remedy = "its repository brings its own code: read it, then set model.trust_remote_code = true"
+        elif "safetensors" in text:
+            remedy = "only safetensors weights are loaded: convert it with model.save_pretrained(...)"
+        elif Path(config.name).expanduser().is_dir():
+            remedy = f"not a complete model folder: {text[:200]}"
+        elif isinstance(error, OSError):
+            remedy = (
+                "not on the hub, or the hub cannot be reached: check the name, or give a local folder or builtin:minilm"
+            )
+        else:
+            remedy = text[:300]
+        raise ModelError(f"model.name = '{config.name}': {remedy}") from error
+
+
+def skeleton(config: ModelConfig, num_labels: int = 2) -> PreTrainedModel:
+    """The model with weights that take no memory: its configuration is all that is read.
+
+    Every parameter is one zero seen through strides of 0, so a model of any size can be built, and run on
+    a few tokens, on the smallest machine.
+    """
+    register_attention()
+    source = find_model(config.name)
+    with _quietly(), _explained(config):
+        extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+        loaded = AutoConfig.from_pretrained(
+            source.location,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            num_labels=num_labels,
+            **extra,
+        )
+        return hollow_model(loaded)
+
+
+def hollow_model(config: Any) -> PreTrainedModel:
+    """A sequence classifier of a transformers configuration, all zeros, in next to no memory."""
+    config.use_cache = False
+    config.pad_token_id = config.pad_token_id or 0
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(hollow, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return model.eval()

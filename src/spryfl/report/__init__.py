@@ -1,0 +1,1 @@
+"""Results people would rather look at: plots and tables."""

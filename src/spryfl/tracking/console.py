@@ -1,0 +1,124 @@
+"""The live display of a run, and the table at its end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from spryfl.tracking.events import RoundEvent, Summary
+
+_EMPTY = {"loss": "", "accuracy": "", "up": "", "down": "", "peak": ""}
+
+
+class ConsoleObserver:
+    """One line a run: round, loss, accuracy, bytes up and down, activation peak, time left.
+
+    Args:
+        labels: of the runs to come, in order; num_rounds: of each.
+        hidden: show nothing at all.
+    """
+
+    def __init__(self, labels: Sequence[str], num_rounds: Sequence[int], *, hidden: bool) -> None:
+        self._console = Console(stderr=True, quiet=hidden)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("[yellow]{task.fields[loss]}"),
+            TextColumn("[green]{task.fields[accuracy]}"),
+            TextColumn("{task.fields[up]}"),
+            TextColumn("{task.fields[down]}"),
+            TextColumn("[cyan]{task.fields[peak]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=self._console,
+            disable=hidden,
+        )
+        self._tasks: dict[str, TaskID] = {
+            label: self._progress.add_task(label, total=total, start=False, **_EMPTY)
+            for label, total in zip(labels, num_rounds, strict=True)
+        }
+        self._current: TaskID = TaskID(0)
+        self._label = ""
+        self._up = self._down = 0
+
+    def __enter__(self) -> "ConsoleObserver":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, label: str, first_round: int, num_rounds: int) -> None:
+        """See `Observer.started`."""
+        self._label, self._current, self._up, self._down = label, self._tasks[label], 0, 0
+        self._progress.start_task(self._current)
+        self._progress.update(self._current, completed=first_round)
+
+    def round_finished(self, event: RoundEvent) -> None:
+        """See `Observer.round_finished`."""
+        self._up += event.bytes_up
+        self._down += event.bytes_down
+        fields = {
+            "up": f"up {decimal(self._up)}",
+            "down": f"down {decimal(self._down)}",
+            "peak": f"peak {decimal(event.peak_activation_bytes)}",
+        }
+        if event.loss is not None:
+            fields["loss"] = f"loss {event.loss:.3f}"
+        if event.accuracy is not None:
+            fields["accuracy"] = f"acc {event.accuracy:.3f}"
+        self._progress.update(self._current, completed=event.round, **fields)
+        for problem in (*event.failures, *event.refused):
+            self._console.print(f"[red]round {event.round}: client {problem}", highlight=False)
+        if not self._console.is_terminal and event.accuracy is not None:
+            loss = "" if event.loss is None else f", loss {event.loss:.3f}"
+            self._console.print(
+                f"{self._label}: round {event.round}{loss}, accuracy {event.accuracy:.3f}, {fields['up']}, "
+                f"{fields['down']}, {fields['peak']}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def finished(self, summary: Summary) -> None:
+        """See `Observer.finished`."""
+        self._progress.stop_task(self._current)
+
+
+def print_results(summaries: Sequence[Summary], directory: Path) -> None:
+    """The table at the end of a run, and where everything lies."""
+    console = Console()
+    console.print(results_table(summaries))
+    first = summaries[0]
+    console.print(
+        f"{first.model} on {first.dataset}: {first.rounds} rounds, {first.cohort_size} of {first.num_clients} clients a "
+        f"round, {first.trainable_parameters:,} trainable parameters, seed {first.seed}",
+        highlight=False,
+    )
+    console.print(
+        f"Run directory: {directory} (adapter/, events.jsonl, summary.json, plots)", highlight=False, soft_wrap=True
+    )
+
+
+def results_table(summaries: Sequence[Summary]) -> Table:
+    """One row a run; bytes are a client's in one round."""
+    table = Table(title="What came out", title_justify="left")
+    table.add_column("method")
+    for heading in ("accuracy before", "after", "activation peak", "sent up", "sent down", "client time"):
+        table.add_column(heading, justify="right")
+    for s in summaries:
+        table.add_row(
+            s.label,
+            f"{s.accuracy_before:.3f}",
+            f"[bold]{s.accuracy:.3f}",
+            decimal(s.peak_activation_bytes),
+            decimal(round(s.bytes_up_per_client_round)),
+            decimal(round(s.bytes_down_per_client_round)),
+            f"{s.client_seconds:.0f} s",
+        )
+    return table

@@ -1,0 +1,88 @@
+"""What a run tells its observers. A round's event is also a line of `events.jsonl`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class RoundEvent:
+    """One round; round 0 is the evaluation before training.
+
+    Attributes:
+        loss: clients' mean training loss; None in round 0.
+        accuracy, test_loss: of the global model on the test split; None where not evaluated.
+        bytes_up, bytes_down: of all the round's clients.
+        seconds: wall-clock time, evaluation included; client_seconds: computing of all clients.
+        peak_activation_bytes: the largest measured so far.
+        failures, refused: "client: reason".
+    """
+
+    round: int
+    method: str
+    loss: float | None
+    accuracy: float | None
+    test_loss: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    client_seconds: float
+    peak_activation_bytes: int
+    num_updates: int
+    failures: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
+
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run; the same names as in `summary.json`."""
+
+    method: str
+    label: str
+    model: str
+    dataset: str
+    adapter: str
+    rounds: int
+    seed: int
+    dtype: str
+    estimator: str
+    checkpointing: str | None
+    num_clients: int
+    cohort_size: int
+    accuracy_before: float
+    accuracy: float
+    loss: float
+    test_loss: float
+    trainable_parameters: int
+    bytes_up_per_client_round: float
+    bytes_down_per_client_round: float
+    bytes_up: int
+    bytes_down: int
+    peak_activation_bytes: int
+    seconds: float
+    client_seconds: float
+    num_failures: int
+    num_refused: int
+    run_directory: str
+
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Observer(Protocol):
+    """Someone who is told how a run goes."""
+
+    def started(self, label: str, first_round: int, num_rounds: int) -> None:
+        """A run begins, or goes on after `first_round` rounds."""
+        ...
+
+    def round_finished(self, event: RoundEvent) -> None:
+        """A round is done and will be in the checkpoint."""
+        ...
+
+    def finished(self, summary: Summary) -> None:
+        """The run is done."""
+        ...

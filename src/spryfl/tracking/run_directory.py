@@ -1,0 +1,168 @@
+"""A run's directory: what is written, atomically, and what a resumed run reads back.
+
+config.toml             the whole configuration
+events.jsonl            one round a line
+checkpoint.safetensors  the state after the last round
+adapter/                the trained adapter and head, in PEFT's format
+summary.json            once the run is done
+*.png                   plots
+compare/NAME/           the same, for each compared run
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from spryfl.config import RunConfig, load_config
+from spryfl.errors import RunDirectoryError
+from spryfl.federated.rounds import FederatedState
+from spryfl.tracking.events import RoundEvent, Summary
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths in a run's directory, and the reading and writing of each."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def compared(self, name: str) -> "RunDirectory":
+        return RunDirectory(self.path / "compare" / name)
+
+    def write_config(self, config: RunConfig) -> None:
+        table = config.model_dump(exclude_none=True, mode="json")
+        write_atomically(self.config_file, tomli_w.dumps(table).encode())
+
+    def read_config(self) -> RunConfig:
+        if not self.config_file.is_file():
+            raise RunDirectoryError(f"{self.path}: no run to resume here: it has no config.toml")
+        return load_config(self.config_file)
+
+    def append_event(self, event: RoundEvent) -> None:
+        """Add a line and force it to disk, so that no checkpoint is ahead of its events."""
+        with self.events_file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(event.as_row()) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def read_events(self) -> list[RoundEvent]:
+        if not self.events_file.is_file():
+            return []
+        events = []
+        for line in self.events_file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break  # the last line of a killed run may be torn; its round is repeated
+            row = json.loads(line)
+            events.append(RoundEvent(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
+        return events
+
+    def keep_events(self, last_round: int) -> list[RoundEvent]:
+        """Drop what a killed run wrote after its last checkpoint; returns what is kept."""
+        kept = [event for event in self.read_events() if event.round <= last_round]
+        lines = "".join(json.dumps(event.as_row()) + "\n" for event in kept)
+        write_atomically(self.events_file, lines.encode())
+        return kept
+
+    def write_checkpoint(self, state: FederatedState) -> None:
+        tensors = {f"values/{name}": tensor.contiguous() for name, tensor in state.values.items()}
+        tensors |= {f"moments/{name}": tensor.contiguous() for name, tensor in state.moments.items()}
+        write_atomically(self.checkpoint_file, save(tensors, metadata={"round": str(state.round)}))
+
+    def read_checkpoint(self) -> FederatedState | None:
+        """The state after the last finished round; None if there is none yet."""
+        if not self.checkpoint_file.is_file():
+            return None
+        try:
+            with safe_open(str(self.checkpoint_file), framework="pt") as handle:
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+                round = int(handle.metadata()["round"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunDirectoryError(f"{self.checkpoint_file}: not a checkpoint of ours, or damaged: {error}") from error
+        parts: dict[str, dict[str, Any]] = {"values": {}, "moments": {}}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition("/")
+            parts[part][key] = tensor
+        return FederatedState(round, parts["values"], parts["moments"])
+
+    def write_summary(self, summary: Summary) -> None:
+        write_atomically(self.summary_file, (json.dumps(summary.as_row(), indent=2) + "\n").encode())
+
+    def read_summary(self) -> Summary | None:
+        if not self.summary_file.is_file():
+            return None
+        return Summary(**json.loads(self.summary_file.read_text(encoding="utf-8")))
+
+    def write_adapter(self, save_to: Callable[[Path], None]) -> None:
+        """Have a folder written under another name, then put it in place."""
+        fresh = self.path / "adapter.tmp"
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            save_to(fresh)
+            shutil.rmtree(self.adapter, ignore_errors=True)
+            fresh.rename(self.adapter)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def create_run_directory(path: Path) -> RunDirectory:
+    """Make a new run's directory; refuses one that already holds a run."""
+    if (path / "config.toml").exists():
+        raise RunDirectoryError(
+            f"{path} already holds a run. Go on with it: spry run --resume {path}; or choose another --out"
+        )
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"{path} is a file: choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    return RunDirectory(path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, force to disk, rename: a reader finds the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the rename itself to disk, where the system lets a folder be opened (POSIX)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

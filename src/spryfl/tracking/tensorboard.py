@@ -1,0 +1,30 @@
+"""Rounds as TensorBoard event files, in the run directory. Nothing leaves the machine."""
+
+from pathlib import Path
+
+from spryfl.errors import SpryError
+from spryfl.tracking.events import RoundEvent, Summary
+
+
+class TensorBoardObserver:
+    """Writes one scalar series for each figure of a round."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SpryError("--tensorboard needs TensorBoard: pip install 'spryfl[tensorboard]'") from error
+        self._writer = SummaryWriter(log_dir=str(folder))
+
+    def started(self, label: str, first_round: int, num_rounds: int) -> None:
+        """Nothing to write yet."""
+
+    def round_finished(self, event: RoundEvent) -> None:
+        for name in ("loss", "accuracy", "test_loss", "bytes_up", "bytes_down", "seconds", "peak_activation_bytes"):
+            value = getattr(event, name)
+            if value is not None:
+                self._writer.add_scalar(name, value, event.round)
+        self._writer.flush()
+
+    def finished(self, summary: Summary) -> None:
+        self._writer.close()
