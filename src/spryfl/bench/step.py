@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
+from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient
@@ -103,6 +104,7 @@ def _steps(bench: StepBench) -> dict[str, Callable[[], float | None]]:
     model = _adapted_bert(bench, ATTENTION_NAME)
     eager = _adapted_bert(bench, "eager")
     eager.load_state_dict(model.state_dict())
+    use_lean_operators(model)
     chunk_feed_forward(model)
     names = parameters_of(trainable_units(model))
     ids = torch.randint(1000, 20000, (bench.batch, bench.tokens))

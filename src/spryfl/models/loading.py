@@ -21,6 +21,7 @@ from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
+from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.models.adapters import adapter_config
 from spryfl.models.builtin import PREFIX, locate
 from spryfl.models.units import Unit, trainable_units
@@ -118,6 +119,7 @@ def load_model(
         head = head_modules(base, info["missing_keys"])
         model = get_peft_model(base, adapter_config(adapter, base, head))
     model.eval().to(device)
+    use_lean_operators(model)
     chunk_feed_forward(model)
     return AdaptedModel(model, tokenizer, trainable_units(model), dtype)
 
