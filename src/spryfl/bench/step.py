@@ -114,11 +114,7 @@ def _steps(bench: StepBench) -> dict[str, Callable[[], float | None]]:
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return nn.functional.cross_entropy(logits.float(), labels)
 
-    directions = DirectionStream(bench.seed, 1, 0)
-
-    def draw(k: int, name: str, shape: torch.Size) -> Tensor:
-        return directions.draw(0, k, name, shape)
-
+    draw = DirectionStream(bench.seed, round=1, client=0).at_step(0)
     tangents = {name: draw(0, name, model.get_parameter(name).shape) for name in names}
 
     def inference() -> None:
@@ -162,10 +158,10 @@ def _func_jvp(model: nn.Module, loss: Callable[[nn.Module], Tensor], tangents: d
     own = {f"model.{name}": tangent.to(values[f"model.{name}"].dtype) for name, tangent in tangents.items()}
 
     def of(perturbed: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(wrapped, values | perturbed, ())  # type: ignore[no-any-return]
+        return torch.func.functional_call(wrapped, values | perturbed, ())
 
     with torch.no_grad():
-        _, slope = torch.func.jvp(of, ({name: values[name] for name in own},), (own,))
+        slope = torch.func.jvp(of, ({name: values[name] for name in own},), (own,))[1]
     return float(slope)
 
 
@@ -178,4 +174,4 @@ def _adapted_bert(bench: StepBench, attention: str) -> nn.Module:
         config, attn_implementation=attention, dtype=getattr(torch, bench.dtype)
     )
     lora = LoraConfig(r=1, lora_alpha=1, target_modules=["query", "value"], task_type=TaskType.SEQ_CLS)
-    return get_peft_model(base, lora).eval()  # type: ignore[no-any-return]
+    return get_peft_model(base, lora).eval()

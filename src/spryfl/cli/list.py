@@ -8,6 +8,8 @@ import typer
 
 
 class Kind(str, Enum):
+    """What can be listed."""
+
     methods = "methods"
     models = "models"
     datasets = "datasets"

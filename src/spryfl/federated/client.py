@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -80,7 +80,7 @@ class Client(Generic[BatchT]):
                     self.model,
                     self._loss(task, step, rows),
                     task.parameters,
-                    lambda k, name, shape, step=step: directions.draw(step, k, name, shape),
+                    directions.at_step(step),
                     len(rows),
                 )
                 gradients = estimate.gradients

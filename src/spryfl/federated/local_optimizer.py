@@ -1,6 +1,6 @@
 """A client's optimizer, on float32 master copies of what it trains."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 LocalOptimizerName = Literal["sgd", "adam", "adamw"]
 
-OPTIMIZERS: dict[LocalOptimizerName, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[LocalOptimizerName, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,

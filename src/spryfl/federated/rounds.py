@@ -147,9 +147,7 @@ def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federati
         shapes = {name: value.shape for name, value in old.items()}
         optimizer = training.new_optimizer(old)
         for step, slopes in enumerate(update.slopes):
-            gradients = gradient_from_slopes(
-                slopes, shapes, lambda k, name, shape, step=step: directions.draw(step, k, name, shape)
-            )
+            gradients = gradient_from_slopes(slopes, shapes, directions.at_step(step))
             if training.pace == "iteration":
                 return {name: -gradient for name, gradient in gradients.items()}
             optimizer.step(gradients)

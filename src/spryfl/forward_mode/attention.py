@@ -108,17 +108,14 @@ def attention_jvp(
     row_bytes = 3 * 4 * groups * keys
     for b, h, rows in _blocks(batch, key_heads, queries, row_bytes, block_bytes):
         q_heads = slice(h.start * groups, h.stop * groups)
-
-        def grouped(tensor: Tensor | None, b=b, q_heads=q_heads, rows=rows) -> Tensor | None:
-            # (b, key heads, groups * rows, head size): one product serves a key head's whole group.
-            if tensor is None:
-                return None
-            block = tensor[b, q_heads, rows]
-            return block.reshape(block.shape[0], -1, groups * block.shape[2], block.shape[3])
-
+        query_tangent, key_tangent, value_tangent = tangents
         block, block_tangent = _block_jvp(
-            (grouped(query), key[b, h], value[b, h]),
-            (grouped(tangents[0]), _at(tangents[1], b, h), _at(tangents[2], b, h)),
+            (_grouped(query[b, q_heads, rows], groups), key[b, h], value[b, h]),
+            (
+                None if query_tangent is None else _grouped(query_tangent[b, q_heads, rows], groups),
+                None if key_tangent is None else key_tangent[b, h],
+                None if value_tangent is None else value_tangent[b, h],
+            ),
             _block_mask(mask, causal, b, rows, keys, query.device),
             scaling,
             groups,
@@ -129,12 +126,13 @@ def attention_jvp(
     return output, output_tangent
 
 
-def _at(tensor: Tensor | None, b: slice, h: slice) -> Tensor | None:
-    return None if tensor is None else tensor[b, h]
+def _grouped(query: Tensor, groups: int) -> Tensor:
+    """(b, heads, rows, d) -> (b, key heads, groups * rows, d): one product serves a key head's whole group."""
+    return query.reshape(query.shape[0], -1, groups * query.shape[2], query.shape[3])
 
 
 def _block_jvp(
-    primals: tuple[Tensor | None, Tensor, Tensor],
+    primals: tuple[Tensor, Tensor, Tensor],
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
     mask: Tensor | None,
     scaling: float,
@@ -143,7 +141,6 @@ def _block_jvp(
     """One block: query (b, h, groups * rows, d), key and value (b, h, keys, d), mask (b, 1, rows, keys)."""
     query, key, value = primals
     query_tangent, key_tangent, value_tangent = tangents
-    assert query is not None
     probabilities = _softmax(torch.matmul(query * scaling, key.transpose(-1, -2)), mask, groups)
     output = torch.matmul(probabilities.to(value.dtype), value)
     tangent = torch.zeros_like(output)

@@ -1,7 +1,7 @@
 """Dual numbers at the border of our own operators: a primal and, maybe, a tangent."""
 
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def unpack(value: Tensor) -> tuple[Tensor, Tensor | None]:

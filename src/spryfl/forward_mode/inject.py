@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 @contextmanager
@@ -58,7 +58,7 @@ class _Site:
             assert parameter is not None
             self.originals[owner, attribute] = parameter
             dual = forward_ad.make_dual(parameter.detach(), tangent.to(parameter.device, parameter.dtype))
-            owner._parameters[attribute] = dual  # type: ignore[assignment]  # as functional_call does
+            owner._parameters[attribute] = dual  # not a Parameter: as functional_call does
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         for (owner, attribute), parameter in self.originals.items():

@@ -20,7 +20,7 @@ Jvp = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def linear_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y = W x + b,  y' = W x' + W' x + b'; a frozen W and b have no tangents."""
+    """Y = W x + b,  y' = W x' + W' x + b'; a frozen W and b have no tangents."""
     assert isinstance(module, nn.Linear)
     weight, weight_tangent = unpack(module.weight)
     bias, bias_tangent = (None, None) if module.bias is None else unpack(module.bias)
@@ -36,7 +36,7 @@ def linear_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tup
 
 
 def layer_norm_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y' = w * J x'. J = (I - 11^T/n - zz^T/n) / s is symmetric, so its backward kernel applies it forward."""
+    """Y' = w * J x'. J = (I - 11^T/n - zz^T/n) / s is symmetric, so its backward kernel applies it forward."""
     assert isinstance(module, nn.LayerNorm)
     shape, weight, bias = module.normalized_shape, module.weight, module.bias
     output, mean, rstd = torch.native_layer_norm(primal, shape, weight, bias, module.eps)
@@ -49,14 +49,14 @@ def layer_norm_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) ->
 
 
 def gelu_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y' = x' gelu'(x): elementwise, so again what the backward kernel computes."""
+    """Y' = x' gelu'(x): elementwise, so again what the backward kernel computes."""
     approximate = getattr(module, "approximate", "none")
     output = nn.functional.gelu(primal, approximate=approximate)
     return output, None if tangent is None else torch.ops.aten.gelu_backward(tangent, primal, approximate=approximate)
 
 
 def silu_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y' = x' silu'(x)."""
+    """Y' = x' silu'(x)."""
     return nn.functional.silu(primal), None if tangent is None else torch.ops.aten.silu_backward(tangent, primal)
 
 

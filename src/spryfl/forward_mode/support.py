@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from spryfl.forward_mode.dual import pack, unpack
@@ -114,7 +114,7 @@ def _tangent_on_embeddings(model: nn.Module) -> Iterator[None]:
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return pack(output, torch.zeros_like(output))
 
-    handle = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator, union-attr]
+    handle = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
     try:
         yield
     finally:

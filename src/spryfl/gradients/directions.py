@@ -8,7 +8,9 @@ are computed here from raw bits.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -49,6 +51,10 @@ class DirectionStream:
         words = _philox(self.seed, parameter, self.round, self.client, step, k).random_raw(num_words)
         numbers = _gaussian(words) if self.distribution == "gaussian" else _rademacher(words)
         return torch.from_numpy(numbers[:count]).reshape(shape)
+
+    def at_step(self, step: int) -> "Callable[[int, str, torch.Size], Tensor]":
+        """The directions of one local step, as estimators draw them: (k, parameter, shape) -> tensor."""
+        return partial(self.draw, step)
 
 
 def _philox(seed: int, parameter: str, round: int, client: int, step: int, k: int) -> np.random.Philox:

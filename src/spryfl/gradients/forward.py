@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from spryfl.forward_mode.inject import injected
 from spryfl.gradients.estimator import Draw, GradientEstimate, Loss, estimate_from_slopes

@@ -20,7 +20,7 @@ def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str]) ->
     """LoRA (Hu et al. 2022): W x + (alpha / r) B A x, with A (r x in) and B (out x r) trained."""
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT only divides it
+        lora_alpha=config.alpha,  # PEFT only divides it
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
         target_modules=list(targets),

@@ -141,15 +141,25 @@ def head_modules(base: nn.Module, missing: Sequence[str]) -> list[str]:
 
 
 def transformer_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, as checkpointing cuts the model; outermost ones only."""
+    """The repeated layers, as checkpointing cuts the model; outermost ones only.
+
+    Those that transformers marks, or else (ALBERT) the members of the outermost module lists.
+    """
+    marked = _outermost(model, GradientCheckpointingLayer)
+    found = marked or [layer for layers in _outermost(model, nn.ModuleList) for layer in layers.children()]
+    if not found:
+        raise ModelError("checkpointing = 'per_layer': this model has no layers transformers can checkpoint")
+    return found
+
+
+def _outermost(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """Modules of a kind that lie in no other of that kind."""
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+        if isinstance(module, kind) and module not in inside:
             found.append(module)
             inside.update(module.modules())
-    if not found:
-        raise ModelError("checkpointing = 'per_layer': this model has no layers transformers can checkpoint")
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from spryfl.tracking.events import RoundEvent, Summary
 
-_EMPTY = {"loss": "", "accuracy": "", "up": "", "down": "", "peak": ""}
+_EMPTY: dict[str, Any] = {"loss": "", "accuracy": "", "up": "", "down": "", "peak": ""}
 
 
 class ConsoleObserver:
@@ -64,7 +65,7 @@ class ConsoleObserver:
         """See `Observer.round_finished`."""
         self._up += event.bytes_up
         self._down += event.bytes_down
-        fields = {
+        fields: dict[str, Any] = {
             "up": f"up {decimal(self._up)}",
             "down": f"down {decimal(self._down)}",
             "peak": f"peak {decimal(event.peak_activation_bytes)}",
@@ -96,8 +97,8 @@ def print_results(summaries: Sequence[Summary], directory: Path) -> None:
     console.print(results_table(summaries))
     first = summaries[0]
     console.print(
-        f"{first.model} on {first.dataset}: {first.rounds} rounds, {first.cohort_size} of {first.num_clients} clients a "
-        f"round, {first.trainable_parameters:,} trainable parameters, seed {first.seed}",
+        f"{first.model} on {first.dataset}: {first.rounds} rounds, {first.cohort_size} of {first.num_clients} clients "
+        f"a round, {first.trainable_parameters:,} trainable parameters, seed {first.seed}",
         highlight=False,
     )
     console.print(

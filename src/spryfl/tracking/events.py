@@ -35,6 +35,11 @@ class RoundEvent:
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "RoundEvent":
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}
+        return cls(**known)
+
 
 @dataclass(frozen=True)
 class Summary:

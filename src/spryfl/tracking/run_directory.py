@@ -79,8 +79,7 @@ class RunDirectory:
         for line in self.events_file.read_text(encoding="utf-8").splitlines(keepends=True):
             if not line.endswith("\n"):
                 break  # the last line of a killed run may be torn; its round is repeated
-            row = json.loads(line)
-            events.append(RoundEvent(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
+            events.append(RoundEvent.from_row(json.loads(line)))
         return events
 
     def keep_events(self, last_round: int) -> list[RoundEvent]:
@@ -101,7 +100,7 @@ class RunDirectory:
             return None
         try:
             with safe_open(str(self.checkpoint_file), framework="pt") as handle:
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
                 round = int(handle.metadata()["round"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunDirectoryError(f"{self.checkpoint_file}: not a checkpoint of ours, or damaged: {error}") from error
@@ -151,7 +150,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

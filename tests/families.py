@@ -1,0 +1,128 @@
+"""Tiny random models of every supported family, with LoRA, in float64."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+)
+
+from spryfl.config import AdapterConfig
+from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
+from spryfl.forward_mode.feed_forward import chunk_feed_forward
+from spryfl.forward_mode.operators import use_lean_operators
+from spryfl.models.adapters import target_modules
+
+COMMON = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bert": lambda: BertConfig(**COMMON),
+    "roberta": lambda: RobertaConfig(**COMMON, bos_token_id=1, eos_token_id=2),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=50, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=32, num_labels=3
+    ),
+    "albert": lambda: AlbertConfig(**COMMON, embedding_size=16, bos_token_id=1, eos_token_id=2),
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "opt": lambda: OPTConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=32,
+        word_embed_proj_dim=32,
+        pad_token_id=0,
+        num_labels=3,
+        use_cache=False,
+    ),
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
+    "gemma": lambda: GemmaConfig(**GROUPED, head_dim=8),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=4),
+}
+
+DECODERS = ("llama", "opt", "qwen2", "qwen3", "gemma", "mistral")
+
+
+def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0, chunk_bytes: int = 1) -> nn.Module:
+    """A tiny adapted model with lean operators and, at the smallest budget, one token a chunk."""
+    register_attention()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = AutoModelForSequenceClassification.from_config(FAMILIES[family](), attn_implementation=attention)
+        base = base.double()
+        targets = target_modules(AdapterConfig(), base)
+        lora = LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), task_type=TaskType.SEQ_CLS)
+        model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)  # LoRA's B starts at zero, which would hide errors
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, module)
+    use_lean_operators(model)
+    chunk_feed_forward(model, chunk_bytes)
+    return model
+
+
+def _rms_norm(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Transformers' RMS norms compute in float32 whatever they are given; here float64 stays float64."""
+    offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+    epsilon = getattr(module, "variance_epsilon", None) or module.eps
+    scaled = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon)
+    return scaled * (module.weight + offset)
+
+
+def trainable(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def padded_batch(rows: int = 3, tokens: int = 9, *, left: bool = False) -> dict[str, Tensor]:
+    """Token ids, a mask with padding on one side, and labels; the same every time."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 50, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, tokens - 4 :] = 0
+    mask[1, tokens - 1 :] = 0
+    mask = mask.flip(1) if left else mask
+    ids = ids * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 3}
+
+
+def batch_loss(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
+    def loss(model: nn.Module) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+    return loss
+
+
+def autograd_gradient(model: nn.Module, loss: Callable[[nn.Module], Tensor], names: list[str]) -> dict[str, Tensor]:
+    parameters = [model.get_parameter(name) for name in names]
+    with torch.enable_grad():
+        found = torch.autograd.grad(loss(model), parameters)
+    return dict(zip(names, found, strict=True))
