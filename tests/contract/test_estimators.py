@@ -1,0 +1,133 @@
+"""What every estimator promises, over a table of them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import autograd_gradient, batch_loss, build, padded_batch, trainable
+from torch import Tensor, nn
+
+from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.directions import DirectionStream
+from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes
+from spryfl.gradients.forward import ForwardGradient, loss_and_slope
+from spryfl.gradients.zeroth_order import ZerothOrder
+from spryfl.models.loading import transformer_layers
+
+ESTIMATORS: dict[str, Callable[[], GradientEstimator]] = {
+    "forward": ForwardGradient,
+    "forward, 3 tangents": lambda: ForwardGradient(3),
+    "zeroth order": ZerothOrder,
+    "zeroth order, 3 directions": lambda: ZerothOrder(3, 1e-4),
+    "backprop": Backprop,
+    "backprop, checkpointed": lambda: Backprop("per_layer", transformer_layers),
+}
+DRAW = DirectionStream(0, 1, 0).at_step(0)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_contract(name: str) -> None:
+    model, batch = build("bert"), padded_batch()
+    model.base_model.model.bert.encoder.layer[1].attention.self.query.lora_dropout["default"].train()
+    names = trainable(model)[:3]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    estimate = ESTIMATORS[name]().estimate(model, batch_loss(batch), names, DRAW, 3)
+
+    assert set(estimate.gradients) == set(names)
+    assert all(g.shape == model.get_parameter(n).shape for n, g in estimate.gradients.items())
+    assert all(g.dtype == torch.float32 and g.device.type == "cpu" for g in estimate.gradients.values())
+    assert estimate.num_examples == 3
+    assert estimate.loss == pytest.approx(float(batch_loss(batch)(model).detach()), abs=1e-4)
+    # The model is left as it was found, bitwise.
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert required == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if "backprop" not in name])
+def test_gradient_is_what_the_slopes_rebuild(name: str) -> None:
+    """Bitwise: the server has the slopes and the seed only."""
+    model = build("bert")
+    names = trainable(model)
+    estimate = ESTIMATORS[name]().estimate(model, batch_loss(padded_batch()), names, DRAW, 3)
+    assert estimate.slopes is not None
+    assert estimate.slopes.dtype == torch.float32
+    rebuilt = gradient_from_slopes(estimate.slopes, {n: model.get_parameter(n).shape for n in names}, DRAW)
+    assert all(torch.equal(rebuilt[n], estimate.gradients[n]) for n in names)
+
+
+def test_zeroth_order_slope_is_near_forward_mode() -> None:
+    model, loss = build("bert"), batch_loss(padded_batch())
+    names = trainable(model)
+    forward = ForwardGradient(2).estimate(model, loss, names, DRAW, 3).slopes
+    difference = ZerothOrder(2, 1e-4).estimate(model, loss, names, DRAW, 3).slopes
+    assert torch.allclose(forward, difference, rtol=1e-4, atol=1e-6)
+
+
+def test_zeroth_order_runs_without_dropout() -> None:
+    modes = []
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self) -> Tensor:
+            modes.append(self.training)
+            return nn.functional.dropout(self.weight, 0.5, self.training).sum()
+
+    model = Watched().train()
+    estimate = ZerothOrder(1, 0.5).estimate(model, lambda m: m(), ["weight"], DRAW, 1)
+    assert modes == [False, False]
+    assert model.training
+    assert float(estimate.slopes[0]) == pytest.approx(float(DRAW(0, "weight", torch.Size((3,))).sum()), rel=1e-5)
+
+
+def test_an_error_in_the_loss_leaves_the_model_whole() -> None:
+    model = build("bert")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def broken(model: nn.Module) -> Tensor:
+        batch_loss(padded_batch())(model)
+        raise ValueError("broken")
+
+    for estimator in (factory() for factory in ESTIMATORS.values()):
+        with pytest.raises(ValueError, match="broken"):
+            estimator.estimate(model, broken, trainable(model), DRAW, 3)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_forward_gradient_is_unbiased_with_the_known_variance(distribution: str) -> None:
+    """E[g] = grad L, and E|g - grad L|^2 = (d + 1)|grad L|^2 for Gaussian tangents, (d - 1) for signs.
+
+    Slopes are linear in the tangent, so they are taken from the exact gradient: 4,000 draws on a real
+    model's gradient, tolerance five standard errors.
+    """
+    model, loss = build("bert"), batch_loss(padded_batch())
+    names = trainable(model)[:2]
+    exact = autograd_gradient(model, loss, names)
+    flat = torch.cat([exact[n].flatten() for n in names])
+    num_draws, d = 4000, flat.numel()
+    total, errors = torch.zeros(d, dtype=torch.float64), []
+    for step in range(num_draws):
+        draw = DirectionStream(0, 1, 0, distribution).at_step(step)
+        v = torch.cat([draw(0, n, exact[n].shape).flatten() for n in names]).double()
+        if step < 5:  # the linearity itself
+            tangents = {n: draw(0, n, exact[n].shape) for n in names}
+            assert loss_and_slope(model, loss, tangents)[1] == pytest.approx(float(flat @ v), rel=1e-6)
+        estimate = (flat @ v) * v
+        total += estimate
+        errors.append(float((estimate - flat).square().sum()))
+    norm = float(flat.norm())
+    factor = d + 1 if distribution == "gaussian" else d - 1
+    mean_error = float((total / num_draws - flat).norm())
+    assert mean_error < 2 * norm * (factor / num_draws) ** 0.5
+    errors_mean = sum(errors) / num_draws
+    standard_error = torch.tensor(errors).std().item() / num_draws**0.5
+    assert errors_mean == pytest.approx(factor * norm**2, abs=5 * standard_error)

@@ -1,0 +1,96 @@
+"""Assignment, sampling, aggregation and server optimizers, by hand-sized numbers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spryfl.federated.aggregation import Contribution, weighted_mean
+from spryfl.federated.assignment import assign_all, assign_split, assign_units
+from spryfl.federated.sampling import sample_cohort
+from spryfl.federated.server_optimizer import ServerUpdate
+
+
+def test_more_units_than_clients() -> None:
+    assert assign_split(["u0", "u1", "u2", "u3", "u4"], [7, 9]) == {7: ("u0", "u2", "u4"), 9: ("u1", "u3")}
+
+
+def test_more_clients_than_units() -> None:
+    assert assign_split(["u0", "u1"], [3, 5, 8]) == {3: ("u0",), 5: ("u1",), 8: ("u0",)}
+
+
+def test_start_rotates() -> None:
+    assert assign_split(["u0", "u1", "u2"], [3, 5], start=1) == {3: ("u0", "u1"), 5: ("u2",)}
+
+
+def test_shared_units_go_to_everyone() -> None:
+    assert assign_units("split", ["u0", "u1", "head"], [3, 5], 0, ["head"]) == {3: ("u0", "head"), 5: ("u1", "head")}
+    assert assign_units("split", ["head"], [3, 5], 0, ["head"]) == {3: ("head",), 5: ("head",)}
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
+def test_every_client_works_and_every_unit_is_trained(num_units: int, num_clients: int, start: int) -> None:
+    units = [f"u{i}" for i in range(num_units)]
+    assigned = assign_split(units, list(range(num_clients)), start)
+    assert set(assigned) == set(range(num_clients))
+    assert all(assigned.values())
+    assert {unit for own in assigned.values() for unit in own} == set(units) if num_units >= num_clients else True
+    copies = [sum(unit in own for own in assigned.values()) for unit in units]
+    assert max(copies) - min(copies) <= 1  # as even as can be
+    assert assign_all(units, [1, 2], start) == {1: tuple(units), 2: tuple(units)}
+
+
+def test_cohorts_are_seeded_distinct_and_fair() -> None:
+    cohorts = [sample_cohort(20, 5, seed=0, round=r) for r in range(1, 401)]
+    assert cohorts[0] == sample_cohort(20, 5, seed=0, round=1)
+    assert cohorts[0] != sample_cohort(20, 5, seed=1, round=1)
+    assert all(len(set(cohort)) == 5 for cohort in cohorts)
+    counts = [sum(client in cohort for cohort in cohorts) for client in range(20)]
+    assert min(counts) > 60  # 100 expected, standard deviation under 9
+    assert max(counts) < 140
+
+
+def test_weighted_mean_over_those_that_trained() -> None:
+    ours = [
+        Contribution(4, {"a": torch.tensor([2.0]), "b": torch.tensor([1.0])}, 3),
+        Contribution(2, {"a": torch.tensor([6.0])}, 1),
+    ]
+    mean = weighted_mean(ours)
+    assert mean["a"].tolist() == [3.0]  # (3 * 2 + 1 * 6) / 4
+    assert mean["b"].tolist() == [1.0]
+    assert mean["a"].dtype == torch.float32
+    assert all(torch.equal(mean[n], weighted_mean(ours[::-1])[n]) for n in mean)  # order of arrival
+
+
+VALUES = {"a": torch.tensor([1.0]), "b": torch.tensor([0.1])}
+CHANGE = {"a": torch.tensor([0.5])}
+# By hand with D = 0.5, b1 = 0.9, b2 = 0.99, tau = 0.001, v0 = 1e-6: m = 0.05;
+# adagrad v = 0.250001; adam v = 0.00250099; yogi v = 1e-6 + 0.01 * 0.25 = 0.002501
+EXPECTED = {
+    "sgd": 1.0 + 0.01 * 0.5,
+    "adagrad": 1.0 + 0.01 * 0.05 / (0.250001**0.5 + 0.001),
+    "adam": 1.0 + 0.01 * 0.05 / (0.00250099**0.5 + 0.001),
+    "yogi": 1.0 + 0.01 * 0.05 / (0.002501**0.5 + 0.001),
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_server_optimizer(kind: str) -> None:
+    values, moments = ServerUpdate(kind, 0.01).apply(VALUES, CHANGE, {})
+    assert float(values["a"]) == pytest.approx(EXPECTED[kind], rel=1e-6)
+    assert values["b"] is VALUES["b"]  # nobody trained it
+    assert VALUES["a"].tolist() == [1.0]
+    assert set(moments) == (set() if kind == "sgd" else {"m/a", "v/a"})
+
+
+def test_yogi_lowers_its_second_moment() -> None:
+    update = ServerUpdate("yogi", 0.01)
+    values, moments = update.apply(VALUES, CHANGE, {"m/a": torch.zeros(1), "v/a": torch.ones(1)})
+    assert float(moments["v/a"]) == pytest.approx(1 - 0.01 * 0.25)
+    second, _ = update.apply(values, CHANGE, moments)
+    assert float(second["a"]) > float(values["a"])
+
+
+def test_sgd_of_rate_one_is_the_mean() -> None:
+    values, _ = ServerUpdate("sgd", 1.0).apply(VALUES, {"a": torch.tensor([2.0])}, {})
+    assert values["a"].tolist() == [3.0]

@@ -1,0 +1,147 @@
+"""Two hundred malformed updates: each refused, counted and named, and the round goes on."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spryfl.errors import SpryError, UpdateRefusedError
+from spryfl.federated.client import LocalTraining
+from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
+from spryfl.federated.rounds import FederatedState, Federation, run_round
+from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.federated.validation import validate_update
+
+UNITS = {"low": ("low.a", "low.b"), "high": ("high.a",)}
+VALUES = {"low.a": torch.ones(2, 3), "low.b": torch.zeros(3), "high.a": torch.ones(4)}
+TRAINING = LocalTraining("epoch", 1, 4, "sgd", 0.1, 0.0, 2, "gaussian")
+
+
+def federation(**changes: object) -> Federation:
+    base = Federation(
+        seed=0,
+        num_clients=3,
+        cohort_size=3,
+        units=UNITS,
+        shared=(),
+        assignment="all",
+        rotate=False,
+        upload="values",
+        training=TRAINING,
+        server=ServerUpdate("sgd", 1.0),
+    )
+    return replace(base, **changes)
+
+
+def honest(task: ClientTask) -> ClientUpdate:
+    return ClientUpdate(task.round, task.client, 5, 0.5, {name: task.values[name] + 1 for name in task.parameters})
+
+
+def malform(update: ClientUpdate, rng: random.Random) -> ClientUpdate:
+    """Break one thing about an update, at random."""
+    name = rng.choice(list(update.tensors))
+    good = update.tensors[name]
+    bad_value = good.clone()
+    bad_value.view(-1)[rng.randrange(good.numel())] = rng.choice([float("nan"), float("inf"), -float("inf")])
+    broken_tensors = [
+        {**update.tensors, name: bad_value},
+        {**update.tensors, name: good.double()},
+        {**update.tensors, name: good.to(rng.choice([torch.int64, torch.bfloat16, torch.bool]))},
+        {**update.tensors, name: good[None]},
+        {**update.tensors, name: good.flatten()[:-1]},
+        {**update.tensors, name: good.to_sparse()},
+        {**update.tensors, name: good.tolist()},
+        {**update.tensors, name: None},
+        {**update.tensors, f"{name}.{rng.random()}": good},
+        {key: value for key, value in update.tensors.items() if key != name},
+        {},
+    ]
+    changes: list[dict[str, object]] = [{"tensors": tensors} for tensors in broken_tensors]
+    changes += [{"num_examples": wrong} for wrong in (0, -3, 2.0, "9", None, True)]
+    changes += [{"loss": wrong} for wrong in (float("nan"), float("inf"), None, "0")]
+    changes += [{"round": update.round + rng.choice([-1, 1])}, {"client": 99}, {"slopes": torch.zeros(2, 2)}]
+    return replace(update, **rng.choice(changes))
+
+
+class Hostile:
+    """Client 0 is honest; client 1 sends a malformed update; client 2 fails."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        for task in tasks:
+            if task.client == 2:
+                yield ClientFailure(2, "no battery")
+            else:
+                yield honest(task) if task.client == 0 else malform(honest(task), self.rng)
+
+
+@pytest.mark.parametrize("case", range(200))
+def test_malformed_updates_are_refused(case: int) -> None:
+    state, report = run_round(FederatedState(0, VALUES), federation(), Hostile(random.Random(case)))
+    assert report.num_updates == 1
+    assert len(report.refused) == 1
+    assert report.refused[0].reason
+    assert [f.reason for f in report.failures] == ["no battery"]
+    for name, value in VALUES.items():
+        assert torch.equal(state.values[name], value + 1)  # the honest client's alone
+
+
+def test_an_honest_update_passes() -> None:
+    task = ClientTask(1, 0, 0, ("low",), UNITS["low"], VALUES, "values")
+    validate_update(honest(task), task, None)
+
+
+def test_an_unassigned_unit_is_refused_by_name() -> None:
+    task = ClientTask(1, 0, 0, ("low",), UNITS["low"], VALUES, "values")
+    forged = replace(honest(task), tensors={**honest(task).tensors, "high.a": VALUES["high.a"]})
+    with pytest.raises(UpdateRefusedError, match=r"'high\.a' was not assigned"):
+        validate_update(forged, task, None)
+
+
+def test_a_second_update_of_a_client_is_refused() -> None:
+    class Twice:
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+            for task in tasks:
+                yield honest(task)
+                yield honest(task)
+
+    _, report = run_round(FederatedState(0, VALUES), federation(), Twice())
+    assert report.num_updates == 3
+    assert len(report.refused) == 3
+
+
+@pytest.mark.parametrize("slopes", [None, torch.zeros(1, 2), torch.zeros(2, 3), torch.full((2, 2), torch.nan)])
+def test_malformed_slopes_are_refused(slopes: torch.Tensor | None) -> None:
+    """Five examples in batches of four are two steps, of K = 2 slopes each."""
+    task = ClientTask(1, 0, 0, ("low",), UNITS["low"], VALUES, "slopes")
+    with pytest.raises(UpdateRefusedError, match="slopes"):
+        validate_update(ClientUpdate(1, 0, 5, 0.5, {}, slopes), task, (2, 2))
+
+
+def test_a_round_without_any_usable_update_says_why() -> None:
+    class Broken:
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientFailure]:
+            yield from (ClientFailure(task.client, "out of memory") for task in tasks)
+
+    with pytest.raises(SpryError, match="out of memory"):
+        run_round(FederatedState(0, VALUES), federation(), Broken())
+
+
+def test_units_nobody_trained_stay_bitwise() -> None:
+    class OnlyClient:
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+            for task in tasks:
+                yield honest(task) if "low" in task.units else ClientFailure(task.client, "gone")
+
+    state, report = run_round(
+        FederatedState(0, VALUES, {}),
+        federation(assignment="split", cohort_size=2, server=ServerUpdate("yogi", 0.01)),
+        OnlyClient(),
+    )
+    assert report.untrained == ("high",)
+    assert state.values["high.a"] is VALUES["high.a"]
+    assert not torch.equal(state.values["low.a"], VALUES["low.a"])
