@@ -29,6 +29,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=32,
+        initializer_range=0.3,  # features that differ between words without any training
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

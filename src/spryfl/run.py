@@ -187,7 +187,12 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     bench = Workbench.from_config(config)
     state = directory.read_checkpoint() or bench.initial_state()
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
-    runtime = InProcessRuntime(bench.client, bench.batch_tokens)
+
+    def before_client() -> None:
+        for observer in observers:
+            observer.before_client()
+
+    runtime = InProcessRuntime(bench.client, bench.batch_tokens, before_client)
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
     if not events:

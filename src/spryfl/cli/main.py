@@ -1,7 +1,6 @@
 """`spry`: the commands, and how errors reach the user."""
 
 import errno
-import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -49,7 +48,6 @@ def _options(
 
 def main() -> NoReturn:
     """Run a command; a problem the user can mend is one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except SpryError as error:
@@ -65,7 +63,3 @@ def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(BAD_INPUT)
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt

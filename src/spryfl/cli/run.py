@@ -30,6 +30,7 @@ def run(
     # After the arguments are known to be good: this imports torch.
     from spryfl.suite import resume_suite, run_suite, suite_labels
     from spryfl.tracking.console import ConsoleObserver, print_results
+    from spryfl.tracking.interruption import Interruption
     from spryfl.tracking.events import Observer
     from spryfl.tracking.run_directory import RunDirectory
 
@@ -37,18 +38,19 @@ def run(
 
     def observers(of: RunDirectory) -> list[Observer]:
         if not tensorboard:
-            return [console]
+            return [console, interruption]
         from spryfl.tracking.tensorboard import TensorBoardObserver
 
-        return [console, TensorBoardObserver(of.path / "tensorboard")]
+        return [console, interruption, TensorBoardObserver(of.path / "tensorboard")]
 
+    interruption = Interruption()
     try:
         with console:
             summaries = (
                 resume_suite(RunDirectory(directory), observers) if resume else run_suite(loaded, directory, observers)
             )
     except KeyboardInterrupt:
-        print(f"\nStopped. Go on with: spry run --resume {directory}", file=sys.stderr)
+        print(f"Stopped. Go on with: spry run --resume {directory}", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
         main, *compared = [summary.as_row() for summary in summaries]

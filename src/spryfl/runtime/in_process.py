@@ -15,18 +15,26 @@ class InProcessRuntime:
 
     Args:
         client: makes the client of a partition id.
+        before_client: called before each task; the place to stop at.
         batch_tokens: the most tokens any batch of a client can have. A task is metered, which slows it
             by a fifth or so, only when that exceeds what was metered before: activations grow with it.
     """
 
-    def __init__(self, client: Callable[[int], Client[Any]], batch_tokens: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        client: Callable[[int], Client[Any]],
+        batch_tokens: Callable[[int], int],
+        before_client: Callable[[], None] = lambda: None,
+    ) -> None:
         self._client = client
+        self._before_client = before_client
         self._batch_tokens = batch_tokens
         self._metered: dict[int, int] = {}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """See `Runtime.run`. A client that raises is a failure; the others go on."""
         for task in tasks:
+            self._before_client()
             try:
                 yield self._perform(task)
             except (SpryError, RuntimeError, ValueError, ArithmeticError) as error:

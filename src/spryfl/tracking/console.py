@@ -61,6 +61,9 @@ class ConsoleObserver:
         self._progress.start_task(self._current)
         self._progress.update(self._current, completed=first_round)
 
+    def before_client(self) -> None:
+        """See `Observer.before_client`."""
+
     def round_finished(self, event: RoundEvent) -> None:
         """See `Observer.round_finished`."""
         self._up += event.bytes_up

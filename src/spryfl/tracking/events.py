@@ -84,6 +84,10 @@ class Observer(Protocol):
         """A run begins, or goes on after `first_round` rounds."""
         ...
 
+    def before_client(self) -> None:
+        """A client is about to train; raising KeyboardInterrupt here stops the run cleanly."""
+        ...
+
     def round_finished(self, event: RoundEvent) -> None:
         """A round is done and will be in the checkpoint."""
         ...

@@ -19,6 +19,9 @@ class TensorBoardObserver:
     def started(self, label: str, first_round: int, num_rounds: int) -> None:
         """Nothing to write yet."""
 
+    def before_client(self) -> None:
+        """Nothing to write."""
+
     def round_finished(self, event: RoundEvent) -> None:
         for name in ("loss", "accuracy", "test_loss", "bytes_up", "bytes_down", "seconds", "peak_activation_bytes"):
             value = getattr(event, name)

@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM stop a run before its next client; the last finished round is saved already."""
+
+import signal
+
+from spryfl.tracking.events import RoundEvent, Summary
+
+
+class Interruption:
+    """Notes the first signal and raises KeyboardInterrupt at the next safe place; a second one raises at once.
+
+    Raising in the handler itself would not do: Python swallows an exception that falls into a finalizer.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = False
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        if self._wanted:
+            raise KeyboardInterrupt
+        self._wanted = True
+
+    def started(self, label: str, first_round: int, num_rounds: int) -> None:
+        """See `Observer.started`."""
+
+    def before_client(self) -> None:
+        """See `Observer.before_client`."""
+        if self._wanted:
+            raise KeyboardInterrupt
+
+    def round_finished(self, event: RoundEvent) -> None:
+        """See `Observer.round_finished`."""
+
+    def finished(self, summary: Summary) -> None:
+        """See `Observer.finished`."""

@@ -1,0 +1,257 @@
+"""Whole runs: every method, resuming, killing, the saved adapter, the run directory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from spryfl.config import RunConfig
+from spryfl.errors import RunDirectoryError
+from spryfl.federated.method import METHODS
+from spryfl.run import Workbench
+from spryfl.suite import resume_suite, run_suite
+from spryfl.tracking.run_directory import RunDirectory, write_atomically
+
+SUMMARY_KEYS = {
+    "method",
+    "model",
+    "dataset",
+    "rounds",
+    "seed",
+    "accuracy_before",
+    "accuracy",
+    "loss",
+    "trainable_parameters",
+    "bytes_up_per_client_round",
+    "bytes_down_per_client_round",
+    "peak_activation_bytes",
+    "seconds",
+}
+EVENT_KEYS = {"round", "method", "loss", "accuracy", "bytes_up", "bytes_down", "seconds", "peak_activation_bytes"}
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "checkpoint.safetensors")
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for mine, yours in zip(RunDirectory(one).read_events(), RunDirectory(other).read_events(), strict=True):
+        assert (mine.round, mine.loss, mine.accuracy, mine.test_loss, mine.bytes_up) == (
+            yours.round,
+            yours.loss,
+            yours.accuracy,
+            yours.test_loss,
+            yours.bytes_up,
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method: str, tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (summary,) = run_suite(tiny_config(method__name=method), tmp_path / "run")
+    row = json.loads((tmp_path / "run/summary.json").read_text())
+    assert SUMMARY_KEYS <= set(row)
+    assert row["method"] == method
+    assert row["rounds"] == 3
+    assert row["peak_activation_bytes"] > 0
+    assert row["num_failures"] == row["num_refused"] == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert all(set(line) >= EVENT_KEYS for line in lines)
+    assert (tmp_path / "run/progress.png").read_bytes().startswith(b"\x89PNG")
+
+    # What travels: every trainable value and a seed down; up, what the method's row says.
+    everything = 4 * summary.trainable_parameters
+    assert row["bytes_down_per_client_round"] == everything + 8
+    up = row["bytes_up_per_client_round"]
+    if METHODS[method].upload == "slopes":
+        assert up == 4
+    elif METHODS[method].assignment == "all":
+        assert up == everything
+    else:
+        assert 0 < up < everything
+
+
+def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        run_suite(tiny_config(adapter__dropout=0.1), tmp_path / name)
+    run_suite(tiny_config(seed=1), tmp_path / "seed")
+    assert_same_training(tmp_path / "one", tmp_path / "other")
+    assert any(not torch.equal(t, tensors(tmp_path / "seed")[n]) for n, t in tensors(tmp_path / "one").items())
+
+
+def test_spry_learns(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = tiny_config(
+        server__num_rounds=40,
+        evaluation__every=40,
+        method__num_tangents=4,
+        local__learning_rate=3e-2,
+        partition__alpha=100.0,
+    )
+    (summary,) = run_suite(config, tmp_path / "run")
+    assert summary.accuracy > summary.accuracy_before + 0.2
+
+
+def test_slopes_travel_instead_of_values(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """A seed and scalars up give the same run as values up, but for float rounding of differences."""
+    for name, upload in (("values", None), ("slopes", "slopes")):
+        extra = {"method__upload": upload} if upload else {}
+        run_suite(tiny_config(method__name="fedmezo", local__optimizer="sgd", **extra), tmp_path / name)
+    ours, theirs = tensors(tmp_path / "values"), tensors(tmp_path / "slopes")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_adapter_gives_the_reported_accuracy(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = tiny_config(method__name="fedavg", local__learning_rate=0.02)
+    (summary,) = run_suite(config, tmp_path / "run")
+    assert summary.accuracy != summary.accuracy_before
+    adapter = tmp_path / "run/adapter"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in adapter.iterdir()}
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(adapter))
+    bench = Workbench.from_config(config)
+    texts = [tokenizer.decode(e["input_ids"], skip_special_tokens=True) for e in bench.test.encodings]
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    accuracy = (logits.argmax(-1).numpy() == bench.test.labels).mean()
+    assert accuracy == pytest.approx(summary.accuracy)
+
+
+def test_resume_is_bitwise(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = tiny_config(server__num_rounds=5, adapter__dropout=0.1)
+    run_suite(config, tmp_path / "whole")
+
+    class Stop:
+        def started(self, *_: object) -> None: ...
+        def before_client(self) -> None: ...
+        def finished(self, *_: object) -> None: ...
+        def round_finished(self, event: object) -> None:
+            if event.round == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(config, tmp_path / "stopped", lambda directory: [Stop()])
+    assert RunDirectory(tmp_path / "stopped").read_checkpoint().round == 2
+    assert len(RunDirectory(tmp_path / "stopped").read_events()) == 4  # round 3's line is there, its state is not
+    resume_suite(RunDirectory(tmp_path / "stopped"))
+    assert_same_training(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_kill_in_the_middle_of_a_round(
+    tiny_table: dict[str, dict[str, object]], tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """kill -9 while clients train; what is resumed ends bitwise where an uninterrupted run does."""
+    rounds = 40
+    config = tiny_config(server__num_rounds=rounds, evaluation__every=rounds)
+    run_suite(config, tmp_path / "whole")
+    file = tmp_path / "run.toml"
+    table = {**tiny_table, "server": {"num_rounds": rounds, "cohort_size": 3}, "evaluation": {"every": rounds}}
+    file.write_text(tomli_w.dumps(table))
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "spryfl", "run", str(file), "--out", str(killed), "--quiet"]
+    process = subprocess.Popen(command)
+    events = killed / "events.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not events.exists() or len(events.read_text().splitlines()) < 6):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < RunDirectory(killed).read_checkpoint().round < rounds
+    assert not (killed / "summary.json").exists()
+    with events.open("a") as handle:
+        handle.write('{"round": 39, "meth')  # a torn line, as a crash can leave
+    subprocess.run([sys.executable, "-m", "spryfl", "run", "--resume", str(killed), "--quiet"], check=True)
+    assert_same_training(tmp_path / "whole", killed)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_saves_and_says_how_to_resume(
+    tiny_table: dict[str, dict[str, object]], tmp_path: Path, signum: signal.Signals
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps({**tiny_table, "server": {"num_rounds": 5000, "cohort_size": 3}}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "spryfl", "run", str(file), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out / "checkpoint.safetensors").exists():
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"spry run --resume {out}" in errors
+    assert "Traceback" not in errors
+    assert not list(out.glob("*.tmp"))
+
+
+def test_compared_runs_and_resuming_them(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    compare = [
+        {"name": "backprop", "label": "Backprop", "set": {"method.name": "fedyogi"}},
+        {"name": "zeroth", "set": {"method.name": "fedmezo"}},
+    ]
+    config = tiny_config(compare=compare, label="Ours")
+    summaries = run_suite(config, tmp_path / "run")
+    assert [s.label for s in summaries] == ["Ours", "Backprop", "zeroth"]
+    assert len({s.accuracy_before for s in summaries}) == 1  # the same start
+    assert (tmp_path / "run/comparison.png").exists()
+    (tmp_path / "run/compare/zeroth/summary.json").unlink()
+    stamp = (tmp_path / "run/compare/backprop/events.jsonl").stat().st_mtime_ns
+    again = resume_suite(RunDirectory(tmp_path / "run"))
+    assert [s.accuracy for s in again] == [s.accuracy for s in summaries]
+    assert (tmp_path / "run/compare/backprop/events.jsonl").stat().st_mtime_ns == stamp  # nothing is repeated
+
+
+def test_a_run_directory_is_never_overwritten(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    run_suite(tiny_config(), tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match="--resume"):
+        run_suite(tiny_config(), tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_named(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    run_suite(tiny_config(), tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    (tmp_path / "run/checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        resume_suite(RunDirectory(tmp_path / "run"))
+
+
+def test_a_full_disk_loses_nothing(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    write_atomically(file, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_tensorboard(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from spryfl.tracking.tensorboard import TensorBoardObserver
+
+    run_suite(tiny_config(), tmp_path / "run", lambda d: [TensorBoardObserver(d.path / "tensorboard")])
+    record = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    record.Reload()
+    assert [s.step for s in record.Scalars("accuracy")] == [0, 1, 2, 3]
+    assert [s.step for s in record.Scalars("loss")] == [1, 2, 3]

@@ -1,0 +1,130 @@
+"""What a client does, and what the server rebuilds from the little it is sent."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import batch_loss, build, padded_batch, trainable
+from torch import Tensor, nn
+
+from spryfl.federated.client import Client, LocalTraining, read_values
+from spryfl.federated.messages import ClientTask
+from spryfl.federated.rounds import Federation, proposed_change
+from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.forward import ForwardGradient
+from spryfl.gradients.zeroth_order import ZerothOrder
+
+ESTIMATORS = {"forward": ForwardGradient(2), "zeroth_order": ZerothOrder(2)}
+
+
+class Rows:
+    """Ten rows made of three: enough for three batches of four."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return 10
+
+    def batch(self, rows: list[int]) -> dict[str, Tensor]:
+        self.batches.append(rows)
+        whole = padded_batch()
+        return {name: tensor[[row % 3 for row in rows]] for name, tensor in whole.items()}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return batch_loss(batch)(model)
+
+
+def training(**changes: object) -> LocalTraining:
+    base = LocalTraining("epoch", 2, 4, "adamw", 1e-2, 0.01, 2, "gaussian")
+    return replace(base, **changes)
+
+
+def task_for(model: nn.Module, upload: str = "values", **changes: object) -> ClientTask:
+    names = trainable(model)
+    values = read_values(model, names)
+    task = ClientTask(3, 5, 1, ("unit",), tuple(names[:2]), values, upload)
+    return replace(task, **changes)
+
+
+def federation(training: LocalTraining) -> Federation:
+    return Federation(1, 9, 3, {}, (), "split", True, "slopes", training, ServerUpdate("yogi", 0.01))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("pace", ["iteration", "epoch"])
+def test_the_server_rebuilds_from_slopes_what_the_client_did(estimator: str, pace: str) -> None:
+    """Bitwise: per iteration its gradient, per epoch the values its local optimizer came to."""
+    model = build("bert").float()
+    settings = training(pace=pace)
+    client = Client(model, Rows(), ESTIMATORS[estimator], settings)
+    sent = client.update(task_for(model, "slopes"))
+    own = client.update(task_for(model, "gradients" if pace == "iteration" else "values"))
+    assert sent.tensors == {}
+    assert sent.slopes.shape == (settings.num_steps(10), 2)
+    assert sent.payload_bytes == 4 * 2 * settings.num_steps(10)
+    task = task_for(model, "slopes")
+    rebuilt = proposed_change(sent, task, federation(settings))
+    for name, tensor in own.tensors.items():
+        expected = -tensor if pace == "iteration" else tensor - task.values[name]
+        assert torch.equal(rebuilt[name], expected)
+
+
+def test_an_update_leaves_the_model_as_it_was() -> None:
+    model = build("bert").float()
+    task = task_for(model)
+    task = replace(task, values={name: value + 1 for name, value in task.values.items()})
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    update = Client(model, Rows(), ForwardGradient(), training(num_tangents=1)).update(task)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert set(update.tensors) == set(task.parameters)
+    assert not torch.equal(update.tensors[task.parameters[0]], task.values[task.parameters[0]])
+
+
+def test_every_row_is_seen_once_an_epoch_in_another_order() -> None:
+    rows = Rows()
+    model = build("bert").float()
+    client = Client(model, rows, Backprop(), training())
+    update = client.update(task_for(model))
+    assert [len(batch) for batch in rows.batches] == [4, 4, 2, 4, 4, 2]
+    first, second = sum(rows.batches[:3], []), sum(rows.batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert update.num_examples == 10
+    rows.batches.clear()
+    again = client.update(task_for(model))
+    assert sum(rows.batches[:3], []) == first  # the same task, the same batches
+    assert all(torch.equal(again.tensors[n], t) for n, t in update.tensors.items())
+
+
+def test_dropout_draws_one_mask_a_step() -> None:
+    """All K slopes of a step are of the same function, and the masks come from the seed."""
+    model = build("bert").float()
+    losses = []
+
+    class Noisy(Rows):
+        def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            noise = torch.rand(())
+            losses.append(float(noise))
+            return super().loss(model, batch) * (1 + noise)
+
+    Client(model, Noisy(), ForwardGradient(3), training(epochs=1, num_tangents=3)).update(task_for(model))
+    assert len(losses) == 9
+    assert all(len(set(losses[i : i + 3])) == 1 for i in (0, 3, 6))
+    assert len(set(losses)) == 3
+
+
+def test_low_precision_models_train_float32_masters() -> None:
+    """Steps too small for bfloat16 add up in what is sent back."""
+    model = build("bert").bfloat16()
+    task = task_for(model)
+    settings = training(optimizer="sgd", learning_rate=1e-4, weight_decay=0.0)
+    update = Client(model, Rows(), Backprop(), settings).update(task)
+    name = task.parameters[0]
+    change = update.tensors[name] - task.values[name]
+    assert update.tensors[name].dtype == torch.float32
+    assert (change.abs() > 0).any()
+    assert torch.equal(update.tensors[name].bfloat16(), task.values[name].bfloat16())

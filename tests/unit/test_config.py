@@ -1,0 +1,100 @@
+"""A configuration is typed; a mistake is one message that names the remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from spryfl.config import ADAPTER_KINDS, load_config, parse_config
+from spryfl.errors import ConfigError
+from spryfl.federated.method import METHODS
+from spryfl.models.adapters import ADAPTERS
+from spryfl.presets import find_preset
+from spryfl.run import ESTIMATORS
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"server": {"num_round": 3}}, "unknown key 'server.num_round'. Did you mean 'num_rounds'?"),
+        ({"servers": {}}, "unknown key 'servers'. Did you mean 'server'?"),
+        ({"num_rounds": 3}, "It belongs to server.num_rounds"),
+        ({"method": {"name": "sprry"}}, "unknown method 'sprry'. Did you mean 'spry'?"),
+        ({"method": {"name": "fedavg", "upload": "slopes"}}, "leave upload out"),
+        ({"server": {"cohort_size": 200}}, "exceeds partition.num_clients = 100"),
+        ({"local": {"learning_rate": -1}}, "local.learning_rate: Input should be greater than 0 (got -1)"),
+        ({"local": {"learning_rate": "fast"}}, "local.learning_rate"),
+        ({"local": {"learning_rate": float("inf")}}, "local.learning_rate"),
+        ({"partition": {"kind": "column"}}, "go together"),
+        ({"data": {"text_columns": ["a", "b", "c"]}}, "data.text_columns"),
+        ({"compare": [{"name": "x"}, {"name": "x"}]}, "names must differ"),
+        ({"compare": [{"name": "../x"}]}, "compare.0.name"),
+        ({"compare": [{"nam": "x", "name": "x"}]}, "unknown key 'compare.0.nam'. Did you mean 'name'?"),
+    ],
+)
+def test_mistakes(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(table)
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"seed": -1, "local": {"batch_size": 0}})
+    assert "seed" in str(caught.value)
+    assert "local.batch_size" in str(caught.value)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[server]\nnum_rounds = 3\ncohort_size = 4\n")
+    overrides = ["server.num_rounds=9", "method.name=fedavg", "local.learning_rate=1e-2", "adapter.target_modules=['q']"]
+    config = load_config(file, overrides)
+    assert (config.server.num_rounds, config.server.cohort_size) == (9, 4)
+    assert config.method.name == "fedavg"
+    assert config.local.learning_rate == 0.01
+    assert config.adapter.target_modules == ("q",)
+
+
+@pytest.mark.parametrize("override", ["server.num_rounds", "=3", "seed.x=3", "server.num_rounds.x=3"])
+def test_bad_overrides(tmp_path: Path, override: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("seed = 1\n[server]\nnum_rounds = 3\n")
+    with pytest.raises(ConfigError):
+        load_config(file, [override])
+
+
+def test_a_mistake_in_a_compared_run_shows_before_anything_runs(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[[compare]]\nname = 'x'\nset = { 'method.name' = 'fedavgg' }\n")
+    with pytest.raises(ConfigError, match="fedavgg"):
+        load_config(file)
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="spry init"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("a = = 3")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(tmp_path / "broken.toml")
+
+
+def test_tables_agree() -> None:
+    assert set(ADAPTER_KINDS) == set(ADAPTERS)
+    assert {method.estimator for method in METHODS.values()} == set(ESTIMATORS)
+
+
+def test_the_demo_is_valid_and_fair() -> None:
+    demo = load_config(find_preset("demo"))
+    assert (demo.partition.num_clients, demo.server.cohort_size, demo.partition.alpha) == (100, 10, 1.0)
+    assert demo.method.name == "spry"
+    compared = demo.compared()
+    assert {"fedyogi", "fedmezo"} <= {config.method.name for config in compared.values()}
+    assert any(c.method.checkpointing == "per_layer" for c in compared.values())
+    for config in compared.values():  # the same budget
+        assert config.server.num_rounds == demo.server.num_rounds
+        assert (config.data, config.partition, config.model, config.adapter) == (
+            demo.data,
+            demo.partition,
+            demo.model,
+            demo.adapter,
+        )
