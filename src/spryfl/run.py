@@ -24,6 +24,7 @@ from spryfl.federated.client import Client, LocalTraining, loaded, read_values, 
 from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
 from spryfl.federated.server_optimizer import DEFAULT_LEARNING_RATES, ServerUpdate
+from spryfl.forward_mode.support import require_support
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.forward import ForwardGradient
@@ -88,6 +89,8 @@ class Workbench:
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
         low_precision = METHODS[config.method.name].estimator != "zeroth_order"
         adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, low_precision=low_precision)
+        if METHODS[config.method.name].estimator == "forward":
+            require_support(adapted.model, config.model.name)
         tokenizer = adapted.tokenizer
         return cls(
             config,

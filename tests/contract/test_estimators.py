@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import autograd_gradient, batch_loss, build, padded_batch, trainable
 from torch import Tensor, nn
 
+from families import autograd_gradient, batch_loss, build, padded_batch, trainable
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import batch_loss, build, padded_batch, trainable
 from torch import Tensor, nn
 
+from families import batch_loss, build, padded_batch, trainable
 from spryfl.federated.client import Client, LocalTraining, read_values
 from spryfl.federated.messages import ClientTask
 from spryfl.federated.rounds import Federation, proposed_change

@@ -47,7 +47,12 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[server]\nnum_rounds = 3\ncohort_size = 4\n")
-    overrides = ["server.num_rounds=9", "method.name=fedavg", "local.learning_rate=1e-2", "adapter.target_modules=['q']"]
+    overrides = [
+        "server.num_rounds=9",
+        "method.name=fedavg",
+        "local.learning_rate=1e-2",
+        "adapter.target_modules=['q']",
+    ]
     config = load_config(file, overrides)
     assert (config.server.num_rounds, config.server.cohort_size) == (9, 4)
     assert config.method.name == "fedavg"

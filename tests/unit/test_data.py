@@ -137,7 +137,9 @@ def test_shared_datasets(shared_data: Path, name: str, columns: tuple[str, ...],
     st.integers(1, 3),
     st.sampled_from(["dirichlet", "iid"]),
 )
-def test_partitions_share_every_row_once(labels: list[int], num_clients: int, alpha: float, least: int, kind: str) -> None:
+def test_partitions_share_every_row_once(
+    labels: list[int], num_clients: int, alpha: float, least: int, kind: str
+) -> None:
     config = PartitionConfig(kind=kind, num_clients=num_clients, alpha=alpha, min_examples=least)
     partition = partition_rows(config, np.array(labels), None, seed=3)
     assert sorted(np.concatenate(partition).tolist()) == list(range(len(labels)))

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from families import FAMILIES, batch_loss, build, padded_batch, trainable
 from torch import Tensor, nn
 from transformers import BertConfig, LlamaConfig
 
+from families import FAMILIES, batch_loss, build, padded_batch, trainable
+from spryfl.errors import UnsupportedModuleError
 from spryfl.forward_mode.attention import register_attention
-from spryfl.forward_mode.support import check_support
+from spryfl.forward_mode.support import check_support, require_support
 from spryfl.gradients.forward import loss_and_slope
 from spryfl.memory.meter import ActivationMeter
 from spryfl.models.loading import hollow_model
@@ -90,7 +91,17 @@ class Detached(nn.LayerNorm):
 
 def test_all_problems_at_once_each_with_a_remedy() -> None:
     register_attention()
-    model = hollow_model(BertConfig(**{"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}))
+    model = hollow_model(
+        BertConfig(
+            **{
+                "vocab_size": 20,
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 8,
+            }
+        )
+    )
     layers = model.bert.encoder.layer
     layers[0].attention.output.dense = Opaque(16, 16)
     layers[1].intermediate.dense = Opaque(16, 8)
@@ -105,3 +116,13 @@ def test_all_problems_at_once_each_with_a_remedy() -> None:
     assert "jvp" in problems["bert.encoder.layer.0.attention.output.dense"].remedy
     assert all(problem.remedy and problem.reason for problem in problems.values())
     assert not any("forward" in vars(module) for module in model.modules())
+    with pytest.raises(UnsupportedModuleError, match="tiny: 3 modules are not supported"):
+        require_support(model, "tiny")
+
+
+def test_checking_an_adapted_model_leaves_its_operators() -> None:
+    model = build("llama").float()
+    own = {path: vars(module)["forward"] for path, module in model.named_modules() if "forward" in vars(module)}
+    assert own
+    require_support(model, "llama")
+    assert own == {path: vars(m)["forward"] for path, m in model.named_modules() if "forward" in vars(m)}

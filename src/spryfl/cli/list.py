@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+WIDE = 110  # columns
+
 
 class Kind(str, Enum):
     """What can be listed."""
@@ -28,12 +30,16 @@ def list_(
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    # A method's parts say what it is; a narrow terminal has no room for more.
+    narrow = kind is Kind.methods and console.width < WIDE
+    columns = [column for column in rows[0] if not (narrow and column == "about")]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in rows[0]:
+    for column in columns:
         table.add_column(column.replace("_", " "), no_wrap=column == "name")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+        table.add_row(*(row[column] for column in columns))
+    console.print(table)
 
 
 def _rows(kind: Kind) -> list[dict[str, str]]:
@@ -45,8 +51,8 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
                 "name": name,
                 "estimator": m.estimator,
                 "assignment": m.assignment,
-                "travels_up": m.upload,
-                "a_round_is": m.pace,
+                "up": m.upload,
+                "a_round": m.pace,
                 "server": m.server,
                 "about": m.summary,
             }

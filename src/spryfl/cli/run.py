@@ -30,8 +30,8 @@ def run(
     # After the arguments are known to be good: this imports torch.
     from spryfl.suite import resume_suite, run_suite, suite_labels
     from spryfl.tracking.console import ConsoleObserver, print_results
-    from spryfl.tracking.interruption import Interruption
     from spryfl.tracking.events import Observer
+    from spryfl.tracking.interruption import Interruption
     from spryfl.tracking.run_directory import RunDirectory
 
     console = ConsoleObserver(suite_labels(loaded), _rounds(loaded), hidden=quiet or as_json)

@@ -5,7 +5,7 @@ replaced by its primal with a zero tangent, so the pass goes on and finds the ot
 so a model without its weights serves (`models.loading.skeleton`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spryfl.errors import UnsupportedModuleError
 from spryfl.forward_mode.dual import pack, unpack
+from spryfl.forward_mode.patching import Forward, patched_forwards
 
 BATCH, TOKENS = 2, 8
 
@@ -62,8 +64,11 @@ def check_support(model: nn.Module) -> SupportReport:
     ids = torch.ones(BATCH, TOKENS, dtype=torch.long, device=next(model.parameters()).device)
     mask = torch.ones_like(ids)
     mask[0, TOKENS // 2 :] = 0  # padding, so that masked code runs too
-    modules = {path: module for path, module in model.named_modules() if path}
-    with torch.no_grad(), forward_ad.dual_level(), _guarded(modules, problems), _tangent_on_embeddings(model):
+    paths = {module: path for path, module in model.named_modules() if path}
+    guarded = patched_forwards(
+        list(paths), lambda module, forward: _recording(paths[module], module, forward, problems)
+    )
+    with torch.no_grad(), forward_ad.dual_level(), guarded, _tangent_on_embeddings(model):
         try:
             output = model(input_ids=ids, attention_mask=mask)
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
@@ -71,23 +76,19 @@ def check_support(model: nn.Module) -> SupportReport:
         else:
             if not problems and unpack(output.logits)[1] is None:
                 problems[""] = Problem("(whole model)", type(model).__name__, DROPPED, DEFAULT_REMEDY)
-    return SupportReport(len(modules), tuple(problems.values()))
+    return SupportReport(len(paths), tuple(problems.values()))
 
 
-@contextmanager
-def _guarded(modules: dict[str, nn.Module], problems: dict[str, Problem]) -> Iterator[None]:
-    """Let every module record its failure instead of raising; the innermost one that fails is named."""
-    try:
-        for path, module in modules.items():
-            module.forward = _recording(path, module, problems)
-        yield
-    finally:
-        for module in modules.values():
-            del module.forward
+def require_support(model: nn.Module, name: str) -> None:
+    """Raise UnsupportedModuleError, naming every unsupported module of a model and its remedy."""
+    problems = check_support(model).problems
+    if problems:
+        listed = "; ".join(f"{p.module} ({p.kind}): {p.reason}. {p.remedy}" for p in problems)
+        raise UnsupportedModuleError(f"{name}: {len(problems)} modules are not supported in forward mode: {listed}")
 
 
-def _recording(path: str, module: nn.Module, problems: dict[str, Problem]) -> Callable[..., Any]:
-    forward = module.forward
+def _recording(path: str, module: nn.Module, forward: Forward, problems: dict[str, Problem]) -> Forward:
+    """Let a module record its failure instead of raising; the innermost one that fails is named."""
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         before = len(problems)

@@ -5,15 +5,16 @@ et al. 2016). Only the wanted parameters require gradients, so nothing is stored
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from spryfl.forward_mode.patching import patched_forwards
 from spryfl.gradients.estimator import Draw, GradientEstimate, Loss
 
 Checkpointing = Literal["none", "per_layer"]
@@ -45,21 +46,9 @@ class Backprop:
         return GradientEstimate(gradients, float(value.detach()), None, num_examples)
 
 
-@contextmanager
-def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+def checkpointed(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Let each layer keep only its input and recompute the rest during the backward pass."""
-    originals = [layer.forward for layer in layers]
-    try:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.forward = partial(_recomputed, original)
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the instance attribute; the class's method shows again
-
-
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return patched_forwards(layers, lambda layer, forward: partial(checkpoint, forward, use_reentrant=False))
 
 
 @contextmanager

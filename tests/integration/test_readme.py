@@ -1,0 +1,80 @@
+"""The README's commands themselves, at a small size, and the demo end to end."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+SMALL_RUN = {
+    "server.num_rounds": 1,
+    "server.cohort_size": 2,
+    "partition.num_clients": 10,
+    "data.max_train_examples": 80,
+    "data.max_test_examples": 40,
+}
+
+
+def spry(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spryfl", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def small(arguments: list[str]) -> list[str]:
+    """The same command on less work."""
+    if arguments[0] == "run" and "--resume" not in arguments:
+        return arguments + [part for key, value in SMALL_RUN.items() for part in ("--set", f"{key}={value}")]
+    if arguments[:2] == ["bench", "step"]:
+        return [*arguments, "--layers", "1", "--tokens", "16", "--repeats", "1"]
+    return arguments
+
+
+def test_the_readme_shows_commands() -> None:
+    assert "make demo" in COMMANDS
+    assert "make test" in COMMANDS
+    assert any(command.startswith("spry run") for command in COMMANDS)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
+def test_make_knows_the_readmes_targets(command: str) -> None:
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if command == "make demo":
+        assert "spry run demo" in done.stdout
+
+
+def test_the_readmes_spry_commands_in_their_order(tmp_path: Path) -> None:
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        if program == "spry":
+            spry(small(arguments), tmp_path)
+    assert (tmp_path / "runs").is_dir()
+
+
+def test_the_demo_end_to_end(tmp_path: Path) -> None:
+    done = spry([*small(["run", "demo"]), "--out", "demo", "--json"], tmp_path)
+    summary = json.loads(done.stdout)
+    assert summary["model"] == "builtin:minilm"
+    assert summary["method"] == "spry"
+    assert [row["method"] for row in summary["compared"]] == ["fedyogi", "fedyogi", "fedmezo"]
+    assert {row["checkpointing"] for row in summary["compared"]} == {None, "none", "per_layer"}
+    assert (
+        len({row["accuracy_before"] for row in [summary, *summary["compared"]] if row["dtype"] == summary["dtype"]})
+        == 1
+    )
+    plain, checkpointed = summary["compared"][:2]
+    assert plain["accuracy"] == checkpointed["accuracy"]  # the same gradient
+    assert checkpointed["peak_activation_bytes"] < plain["peak_activation_bytes"]
+    assert summary["bytes_up_per_client_round"] < plain["bytes_up_per_client_round"]
+    assert (tmp_path / "demo/comparison.png").exists()
+    assert (tmp_path / "demo/adapter/adapter_model.safetensors").exists()
