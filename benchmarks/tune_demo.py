@@ -50,7 +50,9 @@ def training_rows(folder: Path) -> Path:
 def main(method: str) -> None:
     demo = find_preset("demo")
     assert demo is not None
-    base = load_config(demo).model_dump(exclude_none=True, exclude={"compare", "label"})
+    base = load_config(demo).model_dump(
+        exclude_none=True, exclude={"compare": True, "label": True, "server": {"learning_rate"}}
+    )
     done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     with tempfile.TemporaryDirectory() as scratch:
         fixed = {

@@ -136,6 +136,13 @@ class EvaluationConfig(Part):
     batch_size: Positive = 64
 
 
+class RuntimeConfig(Part):
+    """Where clients run on this machine."""
+
+    num_workers: Positive = Field(1, description="processes; each holds a copy of the model, so 1 for large ones")
+    num_threads: Positive | None = Field(None, description="of each process; PyTorch's choice by default")
+
+
 class CompareConfig(Part):
     """One more run beside the main one, equal but for what `set` overrides."""
 
@@ -157,6 +164,7 @@ class RunConfig(Part):
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     compare: tuple[CompareConfig, ...] = ()
 
     @model_validator(mode="after")

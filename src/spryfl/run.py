@@ -4,9 +4,10 @@ Everything with a side effect is put together here; what it calls is pure or one
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from spryfl.data.loading import load_rows
 from spryfl.data.partition import Partition, partition_rows
 from spryfl.errors import DataError, nearest
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values, write_values
+from spryfl.federated.messages import Runtime
 from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
 from spryfl.federated.server_optimizer import DEFAULT_LEARNING_RATES, ServerUpdate
@@ -33,6 +35,7 @@ from spryfl.models.loading import AdaptedModel, load_model, transformer_layers
 from spryfl.models.units import HEAD, parameters_of
 from spryfl.report.plots import plot_run
 from spryfl.runtime.in_process import InProcessRuntime
+from spryfl.runtime.workers import WorkerRuntime
 from spryfl.tracking.events import Observer, RoundEvent, Summary
 from spryfl.tracking.run_directory import RunDirectory
 
@@ -187,28 +190,25 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     finished = directory.read_summary()
     if finished is not None:
         return finished
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
     bench = Workbench.from_config(config)
     state = directory.read_checkpoint() or bench.initial_state()
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
-
-    def before_client() -> None:
-        for observer in observers:
-            observer.before_client()
-
-    runtime = InProcessRuntime(bench.client, bench.batch_tokens, before_client)
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
     if not events:
         events.append(_announce(_before_training(bench, state), directory, observers))
         directory.write_checkpoint(state)
-    while state.round < config.server.num_rounds:
-        started = time.perf_counter()
-        state, report = run_round(state, bench.federation, runtime)
-        due = state.round % config.evaluation.every == 0 or state.round == config.server.num_rounds
-        evaluated = bench.evaluate(state.values) if due else (None, None)
-        event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
-        events.append(_announce(event, directory, observers))
-        directory.write_checkpoint(state)
+    with _runtime(bench, observers) as runtime:
+        while state.round < config.server.num_rounds:
+            started = time.perf_counter()
+            state, report = run_round(state, bench.federation, runtime)
+            due = state.round % config.evaluation.every == 0 or state.round == config.server.num_rounds
+            evaluated = bench.evaluate(state.values) if due else (None, None)
+            event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
+            events.append(_announce(event, directory, observers))
+            directory.write_checkpoint(state)
     directory.write_adapter(lambda folder: bench.save_adapter(state.values, folder))
     plot_run(events, label, directory.path)
     summary = summarize(bench, label, events, directory)
@@ -216,6 +216,32 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     for observer in observers:
         observer.finished(summary)
     return summary
+
+
+@contextmanager
+def _runtime(bench: Workbench, observers: Sequence[Observer]) -> Iterator[Runtime]:
+    """Where the run's clients run; observers are asked before each client whether to go on."""
+
+    def before_client() -> None:
+        for observer in observers:
+            observer.before_client()
+
+    settings = bench.config.runtime
+    if settings.num_workers == 1:
+        yield InProcessRuntime(bench.client, bench.batch_tokens, before_client)
+        return
+    make_local = partial(_local_runtime, bench.config)
+    workers = WorkerRuntime(make_local, settings.num_workers, settings.num_threads, before_client)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def _local_runtime(config: RunConfig) -> Runtime:
+    """The runtime of a worker process, which loads model and data of its own."""
+    bench = Workbench.from_config(config)
+    return InProcessRuntime(bench.client, bench.batch_tokens)
 
 
 def _announce(event: RoundEvent, directory: RunDirectory, observers: Sequence[Observer]) -> RoundEvent:

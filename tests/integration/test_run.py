@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from spryfl.config import RunConfig
 from spryfl.errors import RunDirectoryError
+from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
 from spryfl.federated.method import METHODS
 from spryfl.run import Workbench
+from spryfl.runtime.workers import WorkerRuntime
 from spryfl.suite import resume_suite, run_suite
 from spryfl.tracking.run_directory import RunDirectory, write_atomically
 
@@ -91,6 +93,34 @@ def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., RunConfig],
     run_suite(tiny_config(seed=1), tmp_path / "seed")
     assert_same_training(tmp_path / "one", tmp_path / "other")
     assert any(not torch.equal(t, tensors(tmp_path / "seed")[n]) for n, t in tensors(tmp_path / "one").items())
+
+
+def test_workers_give_the_same_run(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    run_suite(tiny_config(runtime__num_threads=1), tmp_path / "one")
+    run_suite(tiny_config(runtime__num_workers=2, runtime__num_threads=1), tmp_path / "two")
+    torch.set_num_threads(threads)
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_worker_that_dies_fails_its_tasks_and_is_replaced() -> None:
+    tasks = [ClientTask(1, client, 0, (), (), {}, "values") for client in range(3)]
+    runtime = WorkerRuntime(FragileRuntime, 1, None)
+    try:
+        assert all(isinstance(answer, ClientFailure) for answer in runtime.run(tasks))
+        (answer,) = runtime.run(tasks[1:2])
+        assert isinstance(answer, ClientUpdate)
+    finally:
+        runtime.close()
+
+
+class FragileRuntime:
+    """Dies of client 0's task."""
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+        if tasks[0].client == 0:
+            os._exit(1)
+        yield ClientUpdate(1, tasks[0].client, 1, 0.0)
 
 
 def test_spry_learns(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""Clients in several processes of this machine, each with its own copy of the model.
+
+For models small enough that a step is mostly overhead: two processes of one thread finish sooner than one
+process of two threads, and do not stall when something else takes a core (OpenMP's threads spin while they
+wait for each other).
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+
+import torch
+
+from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
+
+_local: Runtime | None = None
+"""The runtime of this worker process, made once when it starts."""
+
+
+class WorkerRuntime:
+    """Performs tasks in `num_workers` processes, each with a runtime of its own.
+
+    Args:
+        make_local: makes the runtime of a worker; must be picklable.
+        num_threads: of each worker; None leaves PyTorch's choice.
+        before_client: called before each answer is handed on; the place to stop at.
+    """
+
+    def __init__(
+        self,
+        make_local: Callable[[], Runtime],
+        num_workers: int,
+        num_threads: int | None,
+        before_client: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._make_local = make_local
+        self._num_workers = num_workers
+        self._num_threads = num_threads
+        self._before_client = before_client
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """See `Runtime.run`. A worker that dies fails its tasks; the next round starts new ones."""
+        pool = self._pool = self._pool or self._start()
+        futures = {pool.submit(_perform, task): task for task in tasks}
+        for future in as_completed(futures):
+            self._before_client()
+            yield self._answer(future, futures[future])
+
+    def close(self) -> None:
+        """Stop the workers; tasks not begun are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._num_workers,
+            mp_context=get_context("spawn"),  # forking a process that runs threads can deadlock
+            initializer=_start_worker,
+            initargs=(self._make_local, self._num_threads),
+        )
+
+    def _answer(self, future: "Future[ClientUpdate | ClientFailure]", task: ClientTask) -> ClientUpdate | ClientFailure:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            self._pool = None
+            return ClientFailure(task.client, "its worker process died (out of memory?)")
+
+
+def _start_worker(make_local: Callable[[], Runtime], num_threads: int | None) -> None:
+    global _local  # noqa: PLW0603  # a worker process has exactly one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops us
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    _local = make_local()
+
+
+def _perform(task: ClientTask) -> ClientUpdate | ClientFailure:
+    assert _local is not None
+    return next(iter(_local.run([task])))
+
+
+def _die_with_parent() -> None:
+    """A parent killed with -9 cannot stop its workers, and they would wait for tasks for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
