@@ -275,6 +275,19 @@ def test_a_full_disk_loses_nothing(
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_nothing_leaves_the_machine(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built-in model, built-in data and local files: not even a name is looked up."""
+    looked_up = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: looked_up.append(args))
+    monkeypatch.setattr("socket.socket.connect", lambda self, address: looked_up.append(address))
+    small = {"data__max_train_examples": 80, "data__max_test_examples": 20, "server__num_rounds": 1}
+    run_suite(tiny_config(model__name="builtin:minilm", data__name="builtin:movie_reviews", **small), tmp_path / "a")
+    run_suite(tiny_config(server__num_rounds=1), tmp_path / "b")
+    assert looked_up == []
+
+
 def test_tensorboard(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,8 +1,9 @@
 """A name -> train and test rows: built-in, local Parquet, CSV or JSONL, or a hub dataset."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,14 @@ from spryfl.config import DataConfig
 from spryfl.data.builtin import PREFIX, find_dataset
 from spryfl.errors import DataError, nearest
 
-LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
+# The readers, not load_dataset("csv", ..): that one tells the hub's servers that a file was loaded.
+READERS: dict[str, Callable[..., Dataset]] = {
+    ".parquet": Dataset.from_parquet,
+    ".csv": Dataset.from_csv,
+    ".tsv": partial(Dataset.from_csv, sep="\t"),
+    ".jsonl": Dataset.from_json,
+    ".json": Dataset.from_json,
+}
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
 
 
@@ -68,14 +76,14 @@ def _load_splits(config: DataConfig) -> Mapping[str, Dataset]:
     if path.is_file():
         return _read_files({"train": path}, config)
     if path.is_dir():
-        files = {f.stem: f for f in sorted(path.iterdir()) if f.suffix in LOADERS}
+        files = {f.stem: f for f in sorted(path.iterdir()) if f.suffix in READERS}
         if "train" not in files:
             raise DataError(
                 f"data.name = '{config.name}': no train.parquet, train.csv or train.jsonl in it; "
                 f"found {sorted(files) or 'no data files'}"
             )
         return _read_files(files, config)
-    if config.name.startswith((".", "/", "~")) or path.suffix in LOADERS or config.name.count("/") > 1:
+    if config.name.startswith((".", "/", "~")) or path.suffix in READERS or config.name.count("/") > 1:
         raise DataError(f"data.name = '{config.name}': no such file or folder (looked in {Path.cwd()})")
     return _from_hub(config)
 
@@ -83,16 +91,16 @@ def _load_splits(config: DataConfig) -> Mapping[str, Dataset]:
 def _read_files(files: Mapping[str, Path], config: DataConfig) -> dict[str, Dataset]:
     result = {}
     for split, path in files.items():
-        loader = LOADERS.get(path.suffix)
-        if loader is None:
-            raise DataError(f"{path}: not Parquet, CSV or JSONL; known endings: {', '.join(LOADERS)}")
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        reader = READERS.get(path.suffix)
+        if reader is None:
+            raise DataError(f"{path}: not Parquet, CSV or JSONL; known endings: {', '.join(READERS)}")
         try:
-            rows = datasets.load_dataset(loader, data_files=str(path), split="train", **options)
+            result[split] = reader(str(path))
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
             cause = error.__cause__ or error
-            raise DataError(f"{path}: cannot be read as {loader}: {' '.join(str(cause).split())[:200]}") from error
-        result[split] = rows
+            raise DataError(
+                f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(cause).split())[:200]}"
+            ) from error
     return result
 
 
