@@ -3,8 +3,8 @@
     python benchmarks/tune_demo.py METHOD     # spry, fedyogi or fedmezo; resumable, about 15 minutes each
 
 Twelve trials a method, on a validation part cut from train (the test split is never looked at), with the
-demo's other settings. Each trial is one line of docs/results/demo-tuning.jsonl; the best
-final validation accuracy wins, the lower loss on a tie.
+demo's other settings and 15 rounds (the demo stops at 12 to keep to its five minutes). Each trial is one line
+of docs/results/demo-tuning.jsonl; the best final validation accuracy wins, the lower loss on a tie.
 """
 
 import itertools

@@ -26,6 +26,7 @@ from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
 from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.models.adapters import target_modules
+from spryfl.models.lean_lora import use_lean_lora
 
 COMMON = {
     "vocab_size": 50,
@@ -85,6 +86,7 @@ def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0, chunk_
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module)
     use_lean_operators(model)
+    use_lean_lora(model)
     chunk_feed_forward(model, chunk_bytes)
     return model
 

@@ -21,7 +21,7 @@ from spryfl.data.classification import Batch, Classification, Examples, tokenize
 from spryfl.data.loading import load_rows
 from spryfl.data.partition import Partition, partition_rows
 from spryfl.errors import DataError, nearest
-from spryfl.federated.client import Client, LocalTraining, loaded, read_values, write_values
+from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.messages import Runtime
 from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
@@ -172,8 +172,9 @@ class Workbench:
         return total_loss / len(order), correct / len(order)
 
     def save_adapter(self, values: dict[str, Tensor], folder: Path) -> None:
-        """Write adapter, head and tokenizer so that `PeftModel.from_pretrained` loads them."""
-        write_values(self.adapted.model, values)
+        """Write adapter, head and tokenizer so that `PeftModel.from_pretrained` loads them, in float32."""
+        for name, value in values.items():
+            self.adapted.model.get_parameter(name).data = value  # the masters, whatever the model computes in
         self.adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
         self.adapted.tokenizer.save_pretrained(str(folder))
 

@@ -23,6 +23,7 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.memory.meter import ActivationMeter
+from spryfl.models.lean_lora import use_lean_lora
 from spryfl.models.loading import transformer_layers
 from spryfl.models.units import parameters_of, trainable_units
 
@@ -105,6 +106,7 @@ def _steps(bench: StepBench) -> dict[str, Callable[[], float | None]]:
     eager = _adapted_bert(bench, "eager")
     eager.load_state_dict(model.state_dict())
     use_lean_operators(model)
+    use_lean_lora(model)
     chunk_feed_forward(model)
     names = parameters_of(trainable_units(model))
     ids = torch.randint(1000, 20000, (bench.batch, bench.tokens))

@@ -24,6 +24,7 @@ from spryfl.forward_mode.feed_forward import chunk_feed_forward
 from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.models.adapters import adapter_config
 from spryfl.models.builtin import PREFIX, locate
+from spryfl.models.lean_lora import use_lean_lora
 from spryfl.models.units import Unit, trainable_units
 
 # A classification head by the names transformers gives it. A head is also whatever the checkpoint lacks.
@@ -117,9 +118,11 @@ def load_model(
         _prepare(base, tokenizer)
         base.name_or_path = source.published
         head = head_modules(base, info["missing_keys"])
-        model = get_peft_model(base, adapter_config(adapter, base, head))
+        # Trained values have float32 masters outside the model: inside, one dtype spares casts and copies.
+        model = get_peft_model(base, adapter_config(adapter, base, head), autocast_adapter_dtype=False)
     model.eval().to(device)
     use_lean_operators(model)
+    use_lean_lora(model)
     chunk_feed_forward(model)
     return AdaptedModel(model, tokenizer, trainable_units(model), dtype)
 

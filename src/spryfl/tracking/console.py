@@ -94,9 +94,9 @@ class ConsoleObserver:
         self._progress.stop_task(self._current)
 
 
-def print_results(summaries: Sequence[Summary], directory: Path) -> None:
-    """The table at the end of a run, and where everything lies."""
-    console = Console()
+def print_results(summaries: Sequence[Summary], directory: Path, console: Console | None = None) -> None:
+    """The table at the end of a run, and where everything lies; on standard output by default."""
+    console = console or Console()
     console.print(results_table(summaries))
     first = summaries[0]
     console.print(
