@@ -3,7 +3,7 @@
     python benchmarks/tune_demo.py METHOD     # spry, fedyogi or fedmezo; resumable, about 15 minutes each
 
 Twelve trials a method, on a validation part cut from train (the test split is never looked at), with the
-demo's other settings and 15 rounds (the demo stops at 12 to keep to its five minutes). Each trial is one line
+demo's other settings and 15 rounds (the demo stops at 10 to keep to its five minutes). Each trial is one line
 of docs/results/demo-tuning.jsonl; the best final validation accuracy wins, the lower loss on a tie.
 """
 

@@ -123,7 +123,7 @@ class ServerConfig(Part):
     num_rounds: Positive = 30
     cohort_size: Positive = Field(10, description="clients a round")
     optimizer: Literal["sgd", "adagrad", "adam", "yogi"] | None = Field(None, description="the method's by default")
-    learning_rate: PositiveFloat | None = Field(None, description="1 for sgd, 0.01 otherwise")
+    learning_rate: PositiveFloat | None = Field(None, description="0.01; sgd: 1 on values (the mean), 0.1 on gradients")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
     tau: PositiveFloat = Field(1e-3, description="adaptivity: added to the denominator")

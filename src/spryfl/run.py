@@ -1,182 +1,27 @@
-"""From a configuration to a finished run: task, rounds, events, run directory.
+"""From a configuration to a finished run: rounds, events, run directory.
 
 Everything with a side effect is put together here; what it calls is pure or one edge at a time.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import DataCollatorWithPadding
 
 from spryfl.config import RunConfig
-from spryfl.data.classification import Batch, Classification, Examples, tokenize
-from spryfl.data.loading import load_rows
-from spryfl.data.partition import Partition, partition_rows
-from spryfl.errors import DataError, nearest
-from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.messages import Runtime
 from spryfl.federated.method import METHODS
-from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
-from spryfl.federated.server_optimizer import DEFAULT_LEARNING_RATES, ServerUpdate
-from spryfl.forward_mode.support import require_support
-from spryfl.gradients.backprop import Backprop
-from spryfl.gradients.estimator import GradientEstimator
-from spryfl.gradients.forward import ForwardGradient
-from spryfl.gradients.zeroth_order import ZerothOrder
-from spryfl.models.loading import AdaptedModel, load_model, transformer_layers
-from spryfl.models.units import HEAD, parameters_of
+from spryfl.federated.rounds import FederatedState, RoundReport, run_round
 from spryfl.report.plots import plot_run
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.workers import WorkerRuntime
 from spryfl.tracking.events import Observer, RoundEvent, Summary
 from spryfl.tracking.run_directory import RunDirectory
-
-ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
-    "forward": lambda config: ForwardGradient(config.method.num_tangents),
-    "zeroth_order": lambda config: ZerothOrder(config.method.num_tangents, config.method.step_size),
-    "backprop": lambda config: Backprop(config.method.checkpointing, transformer_layers),
-}
-
-
-@dataclass(frozen=True)
-class PartitionData:
-    """One client's view of the tokenized training data."""
-
-    task: Classification
-    examples: Examples
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        return self.task.batch(self.examples, self.rows[list(rows)].tolist())
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.task.loss(model, batch)
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """A configuration made real: model, data, partition."""
-
-    config: RunConfig
-    adapted: AdaptedModel
-    task: Classification
-    train: Examples
-    test: Examples
-    partition: Partition
-
-    @classmethod
-    def from_config(cls, config: RunConfig) -> "Workbench":
-        """Load everything a run needs; every problem with data or model shows here, before any work."""
-        rows = load_rows(config.data, config.seed)
-        column = config.partition.column
-        if column is not None and column not in rows.train.column_names:
-            known = rows.train.column_names
-            raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
-        partition = partition_rows(
-            config.partition,
-            np.asarray(rows.train[config.data.label_column][:]),
-            None if column is None else rows.train[column][:],
-            config.seed,
-        )
-        # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
-        low_precision = METHODS[config.method.name].estimator != "zeroth_order"
-        adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, low_precision=low_precision)
-        if METHODS[config.method.name].estimator == "forward":
-            require_support(adapted.model, config.model.name)
-        tokenizer = adapted.tokenizer
-        return cls(
-            config,
-            adapted,
-            Classification(DataCollatorWithPadding(tokenizer), adapted.model.device),
-            tokenize(rows.train, config.data, tokenizer),
-            tokenize(rows.test, config.data, tokenizer),
-            partition,
-        )
-
-    @cached_property
-    def federation(self) -> Federation:
-        """The part of the configuration that the round loop needs."""
-        config, method = self.config, METHODS[self.config.method.name]
-        head_is_shared = config.method.head == "every"
-        server = config.server.optimizer or method.server
-        return Federation(
-            seed=config.seed,
-            num_clients=len(self.partition),
-            cohort_size=min(config.server.cohort_size, len(self.partition)),
-            units={unit.name: unit.parameters for unit in self.adapted.units},
-            shared=tuple(u.name for u in self.adapted.units if u.name == HEAD and head_is_shared),
-            assignment=method.assignment,
-            rotate=config.method.rotate,
-            upload=config.method.upload or method.upload,
-            training=self.training,
-            server=ServerUpdate(
-                kind=server,
-                learning_rate=config.server.learning_rate or DEFAULT_LEARNING_RATES[server],
-                beta1=config.server.beta1,
-                beta2=config.server.beta2,
-                tau=config.server.tau,
-            ),
-        )
-
-    @cached_property
-    def training(self) -> LocalTraining:
-        config = self.config
-        return LocalTraining(
-            pace=METHODS[config.method.name].pace,
-            epochs=config.local.epochs,
-            batch_size=config.local.batch_size,
-            optimizer=config.local.optimizer,
-            learning_rate=config.local.learning_rate,
-            weight_decay=config.local.weight_decay,
-            num_tangents=config.method.num_tangents,
-            distribution=config.method.distribution,
-        )
-
-    def client(self, client: int) -> Client[Batch]:
-        """The client of a partition id; its adapter's dropout is on, the base model's is not."""
-        data = PartitionData(self.task, self.train, self.partition[client])
-        estimator = ESTIMATORS[METHODS[self.config.method.name].estimator](self.config)
-        return Client(self.adapted.model, data, estimator, self.training)
-
-    def batch_tokens(self, client: int) -> int:
-        """The most tokens, padding included, that a batch of this client can have."""
-        lengths = [len(self.train.encodings[row]["input_ids"]) for row in self.partition[client]]
-        return max(lengths) * min(self.config.local.batch_size, len(lengths))
-
-    def initial_state(self) -> FederatedState:
-        names = parameters_of(self.adapted.units)
-        return FederatedState(0, read_values(self.adapted.model, names))
-
-    def evaluate(self, values: dict[str, Tensor]) -> tuple[float, float]:
-        """Loss and accuracy of these values on the test split."""
-        order = np.argsort([-len(e["input_ids"]) for e in self.test.encodings], kind="stable")
-        size = self.config.evaluation.batch_size
-        total_loss, correct = 0.0, 0
-        with torch.inference_mode(), loaded(self.adapted.model, values):
-            for start in range(0, len(order), size):
-                batch = self.task.batch(self.test, order[start : start + size].tolist())
-                logits = self.task.logits(self.adapted.model, batch)
-                total_loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-                correct += int((logits.argmax(-1) == batch["labels"]).sum())
-        return total_loss / len(order), correct / len(order)
-
-    def save_adapter(self, values: dict[str, Tensor], folder: Path) -> None:
-        """Write adapter, head and tokenizer so that `PeftModel.from_pretrained` loads them, in float32."""
-        for name, value in values.items():
-            self.adapted.model.get_parameter(name).data = value  # the masters, whatever the model computes in
-        self.adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
-        self.adapted.tokenizer.save_pretrained(str(folder))
+from spryfl.workbench import Workbench
 
 
 def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer], label: str) -> Summary:

@@ -20,10 +20,10 @@ from spryfl.config import RunConfig
 from spryfl.errors import RunDirectoryError
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
 from spryfl.federated.method import METHODS
-from spryfl.run import Workbench
 from spryfl.runtime.workers import WorkerRuntime
 from spryfl.suite import resume_suite, run_suite
 from spryfl.tracking.run_directory import RunDirectory, write_atomically
+from spryfl.workbench import Workbench
 
 SUMMARY_KEYS = {
     "method",
@@ -93,6 +93,21 @@ def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., RunConfig],
     run_suite(tiny_config(seed=1), tmp_path / "seed")
     assert_same_training(tmp_path / "one", tmp_path / "other")
     assert any(not torch.equal(t, tensors(tmp_path / "seed")[n]) for n, t in tensors(tmp_path / "one").items())
+
+
+@pytest.mark.parametrize("method", ["spry", "fedavg", "fedmezo"])
+def test_adapter_dropout_is_on_while_training_only(
+    method: str, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """It changes what forward mode and backprop train; zeroth order runs without; evaluation always does."""
+    for name, rate in (("without", 0.0), ("with", 0.5)):
+        config = tiny_config(method__name=method, adapter__dropout=rate, server__num_rounds=1)
+        run_suite(config, tmp_path / name)
+    before = [RunDirectory(tmp_path / name).read_events()[0].test_loss for name in ("without", "with")]
+    assert before[0] == before[1]
+    ours, theirs = tensors(tmp_path / "without"), tensors(tmp_path / "with")
+    changed = [name for name in ours if "lora_B" in name and not torch.equal(ours[name], theirs[name])]
+    assert bool(changed) == (method != "fedmezo")
 
 
 def test_workers_give_the_same_run(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from spryfl.errors import ConfigError
 from spryfl.federated.method import METHODS
 from spryfl.models.adapters import ADAPTERS
 from spryfl.presets import find_preset
-from spryfl.run import ESTIMATORS
+from spryfl.workbench import ESTIMATORS
 
 
 @pytest.mark.parametrize(

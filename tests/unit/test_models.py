@@ -11,6 +11,7 @@ from families import FAMILIES, build
 from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.errors import ModelError
 from spryfl.models import builtin
+from spryfl.models.adapters import dropout_modules
 from spryfl.models.loading import find_model, load_model, resolve_device, resolve_dtype
 from spryfl.models.units import HEAD, trainable_units
 
@@ -56,6 +57,11 @@ def test_what_the_checkpoint_lacks_is_trained_and_saved(tiny_model: Path, tmp_pa
     head = next(unit for unit in loaded.units if unit.is_head)
     assert any("pre_classifier" in name for name in head.parameters)
     assert any(".classifier." in name for name in head.parameters)
+
+
+def test_the_adapters_dropout_is_found(tiny_model: Path) -> None:
+    loaded = load_model(ModelConfig(name=str(tiny_model)), AdapterConfig(dropout=0.3), num_labels=2, seed=0)
+    assert [module.p for module in dropout_modules(loaded.model)] == [0.3] * 4
 
 
 def test_low_precision_is_one_dtype_throughout(tiny_model: Path) -> None:

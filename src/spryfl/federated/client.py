@@ -57,12 +57,17 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class Client(Generic[BatchT]):
-    """A client: its data, the shared frozen model, an estimator."""
+    """A client: its data, the shared frozen model, an estimator.
+
+    Attributes:
+        dropout: the adapter's dropout modules, active during an update; the base model's never are.
+    """
 
     model: nn.Module
     data: ClientData[BatchT]
     estimator: GradientEstimator
     training: LocalTraining
+    dropout: Sequence[nn.Module] = ()
 
     def update(self, task: ClientTask) -> ClientUpdate:
         """Perform a task: local steps on the assigned units; the model is left as it was found.
@@ -74,7 +79,8 @@ class Client(Generic[BatchT]):
         directions = self.training.directions(task)
         optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
         losses, slopes, num_seen, gradients = [], [], 0, {}
-        with loaded(self.model, task.values), torch.random.fork_rng(devices=self._accelerators()):
+        random = torch.random.fork_rng(devices=self._accelerators())
+        with loaded(self.model, task.values), in_training(self.dropout), random:
             for step, rows in enumerate(self._batches(task)):
                 estimate = self.estimator.estimate(
                     self.model,
@@ -158,3 +164,16 @@ def loaded(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         write_values(model, saved)
+
+
+@contextmanager
+def in_training(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """These modules in training mode, each back in its own mode afterwards."""
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = True
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spryfl.federated.method import ServerOptimizer
+from spryfl.federated.method import Pace, ServerOptimizer
 
 Moments = dict[str, Tensor]
 """Optimizer state: "m/NAME" and "v/NAME" for every parameter that has been updated."""
@@ -29,7 +29,12 @@ SECOND_MOMENTS: dict[ServerOptimizer, SecondMoment] = {
     "yogi": lambda v, square, beta2: v - (1 - beta2) * square * torch.sign(v - square),
 }
 
-DEFAULT_LEARNING_RATES: dict[ServerOptimizer, float] = {"sgd": 1.0, "adagrad": 1e-2, "adam": 1e-2, "yogi": 1e-2}
+
+def default_learning_rate(kind: ServerOptimizer, pace: Pace) -> float:
+    """1 for "sgd" on trained values (the plain mean), 0.1 on gradients; 0.01 for the adaptive ones."""
+    if kind == "sgd":
+        return 1.0 if pace == "epoch" else 0.1
+    return 1e-2
 
 
 @dataclass(frozen=True)

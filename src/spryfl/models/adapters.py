@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from peft import LoraConfig, PeftConfig, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from spryfl.config import AdapterConfig
@@ -44,6 +45,16 @@ def adapter_config(config: AdapterConfig, model: nn.Module, head: Sequence[str])
         ModelError: the target modules are not in the model.
     """
     return ADAPTERS[config.kind](config, target_modules(config, model), head)
+
+
+def dropout_modules(model: nn.Module) -> list[nn.Module]:
+    """The adapter's own dropout modules."""
+    return [
+        dropout
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for dropout in getattr(layer, "lora_dropout", {}).values()
+    ]
 
 
 def target_modules(config: AdapterConfig, model: nn.Module) -> tuple[str, ...]:
