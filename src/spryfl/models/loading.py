@@ -169,7 +169,9 @@ def _outermost(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
 def resolve_device(name: str) -> torch.device:
     """The device to compute on; "auto" takes an accelerator if there is one."""
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # A CUDA build names its accelerator even where there is none: ask for availability first.
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
