@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, TaskType
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -25,7 +25,7 @@ from spryfl.config import AdapterConfig
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
 from spryfl.forward_mode.operators import use_lean_operators
-from spryfl.models.adapters import target_modules
+from spryfl.models.adapters import add_adapter, target_modules
 from spryfl.models.lean_lora import use_lean_lora
 
 COMMON = {
@@ -78,7 +78,7 @@ def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0, chunk_
         base = base.double()
         targets = target_modules(AdapterConfig(), base)
         lora = LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), task_type=TaskType.SEQ_CLS)
-        model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
+        model = add_adapter(base, lora).eval()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.3)  # LoRA's B starts at zero, which would hide errors

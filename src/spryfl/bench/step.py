@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, TaskType
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -23,6 +23,7 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.memory.meter import ActivationMeter
+from spryfl.models.adapters import add_adapter
 from spryfl.models.lean_lora import use_lean_lora
 from spryfl.models.loading import transformer_layers
 from spryfl.models.units import parameters_of, trainable_units
@@ -176,4 +177,4 @@ def _adapted_bert(bench: StepBench, attention: str) -> nn.Module:
         config, attn_implementation=attention, dtype=getattr(torch, bench.dtype)
     )
     lora = LoraConfig(r=1, lora_alpha=1, target_modules=["query", "value"], task_type=TaskType.SEQ_CLS)
-    return get_peft_model(base, lora).eval()
+    return add_adapter(base, lora).eval()

@@ -1,8 +1,9 @@
 """Adapters, through PEFT: a table from kind to PEFT configuration."""
 
+import warnings
 from collections.abc import Callable, Sequence
 
-from peft import LoraConfig, PeftConfig, TaskType
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -45,6 +46,14 @@ def adapter_config(config: AdapterConfig, model: nn.Module, head: Sequence[str])
         ModelError: the target modules are not in the model.
     """
     return ADAPTERS[config.kind](config, target_modules(config, model), head)
+
+
+def add_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
+    """Put an adapter on a model; its values take the model's dtype, as float32 masters live outside."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for the old name of its checkpointing flag; no user can mend that.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
 def dropout_modules(model: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,7 +22,7 @@ from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
 from spryfl.forward_mode.operators import use_lean_operators
-from spryfl.models.adapters import adapter_config
+from spryfl.models.adapters import adapter_config, add_adapter
 from spryfl.models.builtin import PREFIX, locate
 from spryfl.models.lean_lora import use_lean_lora
 from spryfl.models.units import Unit, trainable_units
@@ -118,8 +118,7 @@ def load_model(
         _prepare(base, tokenizer)
         base.name_or_path = source.published
         head = head_modules(base, info["missing_keys"])
-        # Trained values have float32 masters outside the model: inside, one dtype spares casts and copies.
-        model = get_peft_model(base, adapter_config(adapter, base, head), autocast_adapter_dtype=False)
+        model = add_adapter(base, adapter_config(adapter, base, head))
     model.eval().to(device)
     use_lean_operators(model)
     use_lean_lora(model)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from spryfl.tracking.events import RoundEvent, Summary
 
+WIDE = 92  # columns; narrower terminals go without the bar
 _EMPTY: dict[str, Any] = {"loss": "", "accuracy": "", "up": "", "down": "", "peak": ""}
 
 
@@ -25,9 +26,10 @@ class ConsoleObserver:
 
     def __init__(self, labels: Sequence[str], num_rounds: Sequence[int], *, hidden: bool) -> None:
         self._console = Console(stderr=True, quiet=hidden)
+        bar = (BarColumn(bar_width=12),) if self._console.width >= WIDE else ()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=16),
+            *bar,
             MofNCompleteColumn(),
             TextColumn("[yellow]{task.fields[loss]}"),
             TextColumn("[green]{task.fields[accuracy]}"),
@@ -36,7 +38,7 @@ class ConsoleObserver:
             TextColumn("[cyan]{task.fields[peak]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=self._console,
-            disable=hidden,
+            disable=hidden or not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {
             label: self._progress.add_task(label, total=total, start=False, **_EMPTY)
@@ -69,9 +71,9 @@ class ConsoleObserver:
         self._up += event.bytes_up
         self._down += event.bytes_down
         fields: dict[str, Any] = {
-            "up": f"up {decimal(self._up)}",
-            "down": f"down {decimal(self._down)}",
-            "peak": f"peak {decimal(event.peak_activation_bytes)}",
+            "up": f"up {_short(self._up)}",
+            "down": f"down {_short(self._down)}",
+            "peak": f"peak {_short(event.peak_activation_bytes)}",
         }
         if event.loss is not None:
             fields["loss"] = f"loss {event.loss:.3f}"
@@ -111,9 +113,12 @@ def print_results(summaries: Sequence[Summary], directory: Path, console: Consol
 
 def results_table(summaries: Sequence[Summary]) -> Table:
     """One row a run; bytes are a client's in one round."""
-    table = Table(title="What came out", title_justify="left")
+    table = Table(
+        title="Accuracy before and after, activation peak, bytes a client sends up and is sent each round",
+        title_justify="left",
+    )
     table.add_column("method")
-    for heading in ("accuracy before", "after", "activation peak", "sent up", "sent down", "client time"):
+    for heading in ("before", "after", "peak", "up", "down", "client time"):
         table.add_column(heading, justify="right")
     for s in summaries:
         table.add_row(
@@ -126,3 +131,8 @@ def results_table(summaries: Sequence[Summary]) -> Table:
             f"{s.client_seconds:.0f} s",
         )
     return table
+
+
+def _short(count: int) -> str:
+    """Bytes in few characters: 4.0MB."""
+    return decimal(count).replace(" bytes", "B").replace(" ", "")
