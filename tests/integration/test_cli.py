@@ -33,7 +33,7 @@ def test_run_prints_a_table_and_its_directory(
 ) -> None:
     assert spry(monkeypatch, "run", tiny_file, "--out", tmp_path / "run", "--set", "server.num_rounds=2") == 0
     out, err = capsys.readouterr()
-    assert "accuracy" in out
+    assert "Accuracy before and after" in out
     assert "peak" in out
     assert f"Run directory: {tmp_path / 'run'}" in out
     assert "round 2" in err

@@ -71,14 +71,14 @@ class ConsoleObserver:
         self._up += event.bytes_up
         self._down += event.bytes_down
         fields: dict[str, Any] = {
-            "up": f"up {_short(self._up)}",
-            "down": f"down {_short(self._down)}",
-            "peak": f"peak {_short(event.peak_activation_bytes)}",
+            "up": f"↑{_short(self._up)}",
+            "down": f"↓{_short(self._down)}",
+            "peak": f"mem {_short(event.peak_activation_bytes)}",
         }
         if event.loss is not None:
-            fields["loss"] = f"loss {event.loss:.3f}"
+            fields["loss"] = f"loss {event.loss:.3f}".replace(" 0.", " .")
         if event.accuracy is not None:
-            fields["accuracy"] = f"acc {event.accuracy:.3f}"
+            fields["accuracy"] = f"acc {event.accuracy:.3f}".replace(" 0.", " .")
         self._progress.update(self._current, completed=event.round, **fields)
         for problem in (*event.failures, *event.refused):
             self._console.print(f"[red]round {event.round}: client {problem}", highlight=False)
