@@ -33,7 +33,7 @@ def main() -> None:
     print("| module | dtype | primal | PyTorch's dual | ours | ours / PyTorch's |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for dtype in (torch.float32, torch.bfloat16):
-        for module, width in ((nn.Linear(384, 1536), 384), (nn.LayerNorm(384), 384), (nn.GELU(), 1536)):
+        for module, width in ((nn.Linear(384, 1536), 384), (nn.LayerNorm(384), 384)):
             plain = module.to(dtype)
             lean = copy.deepcopy(plain)
             use_lean_operators(lean)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, SiLUActivation
 
 from spryfl.forward_mode.attention import attention_jvp
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
@@ -73,8 +72,7 @@ def test_attention_rows_that_attend_to_nothing_stay_finite() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Linear(6, 5), nn.Linear(6, 5, bias=False), nn.LayerNorm(6), nn.LayerNorm(6, elementwise_affine=False)]
-    + [nn.GELU(), nn.GELU(approximate="tanh"), GELUActivation(), nn.SiLU(), SiLUActivation()],
+    [nn.Linear(6, 5), nn.Linear(6, 5, bias=False), nn.LayerNorm(6), nn.LayerNorm(6, elementwise_affine=False)],
     ids=repr,
 )
 def test_lean_operator(module: nn.Module) -> None:

@@ -1,9 +1,8 @@
-"""Lean jvps of the operators a transformer spends its time in: linear maps, layer norms, activations.
+"""Lean jvps of the operators a transformer spends its time in: linear maps and layer norms.
 
-PyTorch's own forward derivatives of these are correct but slow (a linear map of a dual number costs two to
-three times the two products it consists of, a layer norm twenty times its primal: measured with
-`benchmarks/operators.py`) and leave temporaries. Here each is the primal's fused kernel and one more for
-the tangent.
+PyTorch's own forward derivatives of these are correct but slow (docs/results/operators.md, by
+`benchmarks/operators.py`) and leave temporaries. Here each is the primal's fused kernel and one more for the
+tangent. PyTorch's derivatives of activations are as lean already.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from functools import wraps
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, SiLUActivation
 
 from spryfl.forward_mode.dual import pack, unpack
 
@@ -48,30 +46,14 @@ def layer_norm_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) ->
     return output, moved if weight is None else moved.mul_(weight)
 
 
-def gelu_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Y' = x' gelu'(x): elementwise, so again what the backward kernel computes."""
-    approximate = getattr(module, "approximate", "none")
-    output = nn.functional.gelu(primal, approximate=approximate)
-    return output, None if tangent is None else torch.ops.aten.gelu_backward(tangent, primal, approximate=approximate)
-
-
-def silu_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Y' = x' silu'(x)."""
-    return nn.functional.silu(primal), None if tangent is None else torch.ops.aten.silu_backward(tangent, primal)
-
-
 OPERATORS: dict[type[nn.Module], Jvp] = {
     nn.Linear: linear_jvp,
     nn.LayerNorm: layer_norm_jvp,
-    nn.GELU: gelu_jvp,
-    GELUActivation: gelu_jvp,
-    nn.SiLU: silu_jvp,
-    SiLUActivation: silu_jvp,
 }
 
 
 def use_lean_operators(model: nn.Module) -> None:
-    """Give the model's linear maps, norms and activations their lean jvps, in place.
+    """Give the model's linear maps and layer norms their lean jvps, in place.
 
     Subclasses keep their own forward: what they change is not known here. Without a tangent every module
     runs as before. A perturbed norm falls back to PyTorch's own derivative.
