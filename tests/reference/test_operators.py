@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from transformers import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from spryfl.forward_mode.attention import attention_jvp
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
@@ -103,6 +105,16 @@ def test_lean_linear_with_perturbed_parameters(with_input_tangent: bool, paramet
             module._parameters[name] = forward_ad.make_dual(module._parameters[name].detach(), tangent)
         tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(x, v) if with_input_tangent else x)).tangent
     assert torch.allclose(tangent, expected, atol=1e-12)
+
+
+def test_chunks_need_no_linear_module() -> None:
+    """GPT-2's feed-forward is made of Conv1D, which has no out_features."""
+    module = GPT2MLP(16, GPT2Config(n_embd=4)).double().eval().requires_grad_(False)
+    x = normal(3, 5, 4)
+    expected = module(x)
+    chunk_feed_forward(module, chunk_bytes=2 * 16 * 8 * 4)
+    with torch.no_grad():
+        assert torch.allclose(module(x), expected, atol=1e-12)
 
 
 def test_chunks_change_no_result() -> None:

@@ -40,10 +40,8 @@ def chunk_feed_forward(model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> None
 
 
 def _widest(module: nn.Module) -> int:
-    return max(
-        (getattr(child, "out_features", 0) for child in module.modules() if not isinstance(child, nn.Sequential)),
-        default=1,
-    )
+    """The largest dimension of its weights, whatever kind of module holds them (GPT-2's are no nn.Linear)."""
+    return max((max(parameter.shape, default=1) for parameter in module.parameters()), default=1)
 
 
 def _in_chunks(block: Callable[[Tensor], Tensor], width: int, chunk_bytes: int) -> Callable[[Tensor], Tensor]:
