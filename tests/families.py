@@ -23,10 +23,8 @@ from transformers import (
 
 from spryfl.config import AdapterConfig
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
-from spryfl.forward_mode.feed_forward import chunk_feed_forward
-from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.models.adapters import add_adapter, target_modules
-from spryfl.models.lean_lora import use_lean_lora
+from spryfl.models.lean import make_lean
 
 COMMON = {
     "vocab_size": 50,
@@ -69,8 +67,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 DECODERS = ("llama", "opt", "qwen2", "qwen3", "gemma", "mistral")
 
 
-def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0, chunk_bytes: int = 1) -> nn.Module:
-    """A tiny adapted model with lean operators and, at the smallest budget, one token a chunk."""
+def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0) -> nn.Module:
+    """A tiny adapted model with lean operators."""
     register_attention()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -85,9 +83,7 @@ def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0, chunk_
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module)
-    use_lean_operators(model)
-    use_lean_lora(model)
-    chunk_feed_forward(model, chunk_bytes)
+    make_lean(model)
     return model
 
 

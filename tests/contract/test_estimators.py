@@ -10,9 +10,9 @@ from families import autograd_gradient, batch_loss, build, padded_batch, trainab
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes
-from spryfl.gradients.forward import ForwardGradient, loss_and_slope
+from spryfl.gradients.forward import ForwardGradient, loss_and_slopes
 from spryfl.gradients.zeroth_order import ZerothOrder
-from spryfl.models.loading import transformer_layers
+from spryfl.models.layers import transformer_layers
 
 ESTIMATORS: dict[str, Callable[[], GradientEstimator]] = {
     "forward": ForwardGradient,
@@ -119,8 +119,8 @@ def test_forward_gradient_is_unbiased_with_the_known_variance(distribution: str)
         draw = DirectionStream(0, 1, 0, distribution).at_step(step)
         v = torch.cat([draw(0, n, exact[n].shape).flatten() for n in names]).double()
         if step < 5:  # the linearity itself
-            tangents = {n: draw(0, n, exact[n].shape) for n in names}
-            assert loss_and_slope(model, loss, tangents)[1] == pytest.approx(float(flat @ v), rel=1e-6)
+            tangents = {n: draw(0, n, exact[n].shape).unsqueeze(0) for n in names}
+            assert float(loss_and_slopes(model, loss, tangents)[1]) == pytest.approx(float(flat @ v), rel=1e-6)
         estimate = (flat @ v) * v
         total += estimate
         errors.append(float((estimate - flat).square().sum()))

@@ -1,17 +1,25 @@
 """Our operators against the obvious ones: PyTorch's own derivatives, in float64."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from transformers import GPT2Config
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from spryfl.forward_mode.attention import attention_jvp
+from spryfl.forward_mode.attention import attention
+from spryfl.forward_mode.budget import ATTENTION_SHARE, FEED_FORWARD_SHARE, chunks_of
+from spryfl.forward_mode.dual import make_dual, split
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
+from spryfl.forward_mode.loss import IGNORED, head_cross_entropy
 from spryfl.forward_mode.operators import use_lean_operators
+from spryfl.forward_mode.rows import chunk_layers
+from spryfl.memory.meter import ActivationMeter
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -37,39 +45,40 @@ MASKS = {
 }
 
 
+def jvps(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
+    """The obvious way: PyTorch's forward mode once for each of K tangents; (1 + K, ..), the primal first."""
+    found = [torch.func.jvp(function, primals, each) for each in zip(*tangents, strict=True)]
+    return torch.stack([found[0][0], *(tangent for _, tangent in found)])
+
+
+K = 3
+
+
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("block_bytes", [1, 2000, 10**9])
-@pytest.mark.parametrize("mask", [*MASKS, "causal"])
-def test_attention_jvp(key_heads: int, block_bytes: int, mask: str) -> None:
+@pytest.mark.parametrize("mask", [*MASKS, "causal", "causal and padding"])
+def test_attention(key_heads: int, block_bytes: int, mask: str) -> None:
     primals = tuple(normal(2, heads, 7, 5, seed=i) for i, heads in enumerate((4, key_heads, key_heads)))
-    tangents = tuple(normal(*p.shape, seed=10 + i) for i, p in enumerate(primals))
-    causal, given = mask == "causal", MASKS.get(mask)
+    tangents = tuple(normal(K, *p.shape, seed=10 + i) for i, p in enumerate(primals))
+    causal, given = "causal" in mask, MASKS.get(mask.removeprefix("causal and "))
     for present in itertools.product((True, False), repeat=3):
         if not any(present):
             continue
-        expected, expected_tangent = torch.func.jvp(
+        expected = jvps(
             lambda q, k, v: plain_attention(q, k, v, given, causal, 0.4),
             primals,
             tuple(t if there else torch.zeros_like(t) for t, there in zip(tangents, present, strict=True)),
         )
-        output, tangent = attention_jvp(
-            primals,
-            tuple(t if there else None for t, there in zip(tangents, present, strict=True)),
-            mask=given,
-            causal=causal,
-            scaling=0.4,
-            block_bytes=block_bytes,
-        )
-        assert torch.allclose(output, expected, atol=1e-12)
-        assert torch.allclose(tangent, expected_tangent, atol=1e-12)
+        duals = (make_dual(p, t) if there else p for p, t, there in zip(primals, tangents, present, strict=True))
+        with chunks_of(block_bytes * ATTENTION_SHARE):
+            output = attention(*duals, mask=given, causal=causal, scaling=0.4)
+        assert torch.allclose(output.stacked, expected, atol=1e-12)
 
 
 def test_attention_rows_that_attend_to_nothing_stay_finite() -> None:
-    q = normal(1, 1, 3, 4)
+    q = make_dual(normal(1, 1, 3, 4), normal(K, 1, 1, 3, 4))
     mask = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
-    output, tangent = attention_jvp((q, q, q), (q, q, q), mask=mask, causal=False, scaling=1.0)
-    assert output.isfinite().all()
-    assert tangent.isfinite().all()
+    assert attention(q, q, q, mask=mask, causal=False, scaling=1.0).stacked.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -79,32 +88,111 @@ def test_attention_rows_that_attend_to_nothing_stay_finite() -> None:
 )
 def test_lean_operator(module: nn.Module) -> None:
     module = module.double()
-    x, v = normal(2, 3, 6), normal(2, 3, 6, seed=1)
+    x, v = normal(2, 3, 6), normal(K, 2, 3, 6, seed=1)
     with torch.no_grad():
-        expected, expected_tangent = torch.func.jvp(module, (x,), (v,))
+        expected = jvps(module, (x,), (v,))
         use_lean_operators(module)
-        with forward_ad.dual_level():
-            output, tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(x, v)))
-    assert torch.allclose(output, expected, atol=1e-12)
-    assert torch.allclose(tangent, expected_tangent, atol=1e-12)
+        output = module(make_dual(x, v))
+    assert torch.allclose(output.stacked, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, GemmaRMSNorm, Qwen3RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lean_rms_norm(norm: type[nn.Module], dtype: torch.dtype) -> None:
+    """Against transformers' own, which computes in float32; the primal bitwise."""
+    module = norm(6)
+    nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(5))
+    module = module.to(dtype).requires_grad_(False)
+    x, v = normal(2, 3, 6).to(dtype), normal(K, 2, 3, 6, seed=1).to(dtype)
+    expected, plain = jvps(module, (x,), (v,)), module(x)
+    use_lean_operators(module)
+    stacked = module(make_dual(x, v)).stacked
+    tolerance = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    assert torch.equal(stacked[0], plain)
+    assert torch.allclose(stacked.float(), expected.float(), **tolerance)
 
 
 @pytest.mark.parametrize("with_input_tangent", [True, False])
 @pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])
-def test_lean_linear_with_perturbed_parameters(with_input_tangent: bool, parameters: tuple[str, ...]) -> None:
-    module = nn.Linear(6, 5).double().requires_grad_(False)
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+def test_perturbed_parameters(kind: type[nn.Module], with_input_tangent: bool, parameters: tuple[str, ...]) -> None:
+    module = (nn.Linear(6, 5) if kind is nn.Linear else nn.LayerNorm(6)).double().requires_grad_(False)
+    x, v = normal(2, 6), normal(K, 2, 6, seed=1) * with_input_tangent
+    values = tuple(module.get_parameter(name) for name in parameters)
+    tangents = tuple(normal(K, *value.shape, seed=3) for value in values)
+
+    def of(x: Tensor, *given: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(parameters, given, strict=True)), (x,))
+
+    expected = jvps(of, (x, *values), (v, *tangents))
     use_lean_operators(module)
-    x, v = normal(2, 6), normal(2, 6, seed=1)
-    tangents = {name: normal(*module.get_parameter(name).shape, seed=3) for name in parameters}
-    expected = (v @ module.weight.T if with_input_tangent else 0) + (
-        x @ tangents["weight"].T if "weight" in tangents else 0
-    )
-    expected = expected + tangents.get("bias", 0) + torch.zeros(2, 5, dtype=torch.float64)
-    with torch.no_grad(), forward_ad.dual_level():
-        for name, tangent in tangents.items():
-            module._parameters[name] = forward_ad.make_dual(module._parameters[name].detach(), tangent)
-        tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(x, v) if with_input_tangent else x)).tangent
-    assert torch.allclose(tangent, expected, atol=1e-12)
+    for name, value, tangent in zip(parameters, values, tangents, strict=True):
+        module._parameters[name] = make_dual(value, tangent)
+    output = module(make_dual(x, v) if with_input_tangent else x)
+    assert torch.allclose(output.stacked, expected, atol=1e-12)
+
+
+def composite(x: Tensor) -> Tensor:
+    """Operators with rules and without, views, both kinds of products, in-place sums."""
+    turned = torch.cat((-x[..., 3:], x[..., :3]), -1).view(2, -1, 2, 3).transpose(1, 2)
+    mixed = (turned * x.view(2, -1, 2, 3).permute(0, 2, 1, 3)).transpose(1, 2).reshape(2, -1, 6)
+    mixed = mixed / 2.0 + x.unsqueeze(1).expand(2, 1, 4, 6).squeeze(1) - 0.5 * torch.ones(6, dtype=x.dtype)
+    mixed = mixed @ torch.ones(6, 6, dtype=x.dtype).tril() + torch.bmm(x, x.transpose(1, 2)) @ x
+    mixed += nn.functional.softplus(x)  # no rule of ours
+    wide = nn.functional.gelu(mixed, approximate="tanh") + nn.functional.silu(mixed) * torch.tanh(mixed)
+    wide = torch.relu(wide).pow(2).mean(-1, keepdim=True) * torch.sigmoid(mixed) + wide.exp().clamp(max=2.0)
+    wide = wide + torch.rsqrt(1.0 + mixed.pow(2)) + 1.5 - torch.softmax(mixed, -1)
+    picked = wide[torch.arange(2), torch.tensor([1, 3])]
+    first, second = picked.split(3, dim=-1)
+    return nn.functional.cross_entropy(first - second, torch.tensor([0, 2])) + picked.sum() + first.mean()
+
+
+def test_rules_of_operators() -> None:
+    x, v = normal(2, 4, 6), normal(K, 2, 4, 6, seed=1)
+    output, tangents = split(composite(make_dual(x, v)))
+    expected = jvps(composite, (x,), (v,))
+    assert torch.allclose(torch.stack([output, *tangents]), expected, atol=1e-10)
+
+
+def test_a_dual_written_into_a_plain_tensor_is_refused() -> None:
+    """It would lose its tangents without a word."""
+    dual = make_dual(normal(3), normal(K, 3))
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        normal(3).add_(dual)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        normal(3).copy_(dual)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.zeros(2, 3)[0] = dual
+
+
+@pytest.mark.parametrize("budget", [1, 2000, 10**9])
+def test_head_cross_entropy(budget: int) -> None:
+    """Loss and slopes of a language model's head, some tokens unlabelled, against the whole matrix."""
+    hidden, weight = normal(2, 5, 6), normal(11, 6, seed=1)
+    v, w = normal(K, 2, 5, 6, seed=2), normal(K, 11, 6, seed=3)
+    labels = torch.tensor([[1, 4, IGNORED, 10, 0], [IGNORED, 2, 2, 9, IGNORED]])
+
+    def whole(hidden: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    with chunks_of(budget):
+        with torch.no_grad():
+            output = head_cross_entropy(make_dual(hidden, v), make_dual(weight, w), labels)
+            assert torch.allclose(output.stacked, jvps(whole, (hidden, weight), (v, w)), atol=1e-12)
+            assert head_cross_entropy(hidden, weight, labels) == pytest.approx(float(whole(hidden, weight)))
+        hidden.requires_grad_(True)
+        (found,) = torch.autograd.grad(head_cross_entropy(hidden, weight, labels), hidden)
+        assert torch.allclose(found, torch.autograd.grad(whole(hidden, weight), hidden)[0], atol=1e-12)
+
+
+def test_the_head_s_loss_never_holds_all_logits() -> None:
+    hidden, weight, labels = torch.randn(400, 8), torch.randn(5000, 8), torch.arange(400)
+    dual, budget = make_dual(hidden, torch.randn(2, 400, 8)), 10**6
+    with torch.no_grad(), chunks_of(budget), ActivationMeter() as meter:
+        head_cross_entropy(dual, weight, labels)
+    assert meter.peak_bytes < 2 * budget < 400 * 5000 * 4
+    with pytest.raises(ValueError, match="no token carries a label"):
+        head_cross_entropy(hidden, weight, torch.full((400,), IGNORED))
 
 
 def test_chunks_need_no_linear_module() -> None:
@@ -112,30 +200,55 @@ def test_chunks_need_no_linear_module() -> None:
     module = GPT2MLP(16, GPT2Config(n_embd=4)).double().eval().requires_grad_(False)
     x = normal(3, 5, 4)
     expected = module(x)
-    chunk_feed_forward(module, chunk_bytes=2 * 16 * 8 * 4)
-    with torch.no_grad():
+    chunk_feed_forward(module)
+    with torch.no_grad(), chunks_of(4 * 16 * 8 * 4):
         assert torch.allclose(module(x), expected, atol=1e-12)
 
 
-def test_chunks_change_no_result() -> None:
-    class TinyMLP(nn.Module):
+class TinyMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.up(hidden).tanh())
+
+
+def test_chunks_of_tokens_change_no_result() -> None:
+    module = TinyMLP().double().requires_grad_(False)
+    x, v = normal(3, 5, 4), normal(K, 3, 5, 4, seed=1)
+    calls: list[int] = []
+    expected = jvps(module, (x,), (v,))
+    module.up.register_forward_hook(lambda m, args, output: calls.append(args[0].shape[0]))
+    chunk_feed_forward(module)
+    with torch.no_grad(), chunks_of(FEED_FORWARD_SHARE * 4 * 2 * (1 + K) * 16 * 8):  # four tokens
+        output = module(make_dual(x, v))
+    assert calls == [4, 4, 4, 3]
+    assert torch.allclose(output.stacked, expected, atol=1e-12)
+
+
+def test_chunks_of_rows_change_no_result_and_reuse_the_hidden_state() -> None:
+    class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 4)
+            self.map = nn.Linear(4, 4)
 
-        def forward(self, hidden: Tensor) -> Tensor:
-            return self.down(self.up(hidden).tanh())
+        def forward(self, hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            seen.append(hidden.shape[0])
+            return self.map(hidden) * scale + shift
 
-    module = TinyMLP().double().requires_grad_(False)
-    x, v = normal(3, 5, 4), normal(3, 5, 4, seed=1)
-    calls = []
-    handle = module.up.register_forward_hook(lambda m, args, output: calls.append(args[0].shape[0]))
-    expected, expected_tangent = torch.func.jvp(module, (x,), (v,))
-    calls.clear()
-    chunk_feed_forward(module, chunk_bytes=2 * 16 * 8 * 4)  # four tokens
-    with torch.no_grad(), forward_ad.dual_level():
-        output, tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(x, v)))
-    handle.remove()
-    assert calls == [4, 4, 4, 3]
-    assert torch.allclose(output, expected, atol=1e-12)
-    assert torch.allclose(tangent, expected_tangent, atol=1e-12)
+    seen: list[int] = []
+    layer = Layer().double().requires_grad_(False)
+    x, v, shift, scale = normal(3, 5, 4), normal(K, 3, 5, 4, seed=1), normal(3, 1, 4, seed=2), normal(1, 5, 4, seed=3)
+    expected = jvps(lambda x: layer(x, shift, scale), (x,), (v,))
+    chunk_layers([layer])
+    dual, kept = make_dual(x, v), x.clone()
+    seen.clear()
+    with torch.no_grad(), chunks_of(1):
+        plain = layer(x, shift, scale=scale)
+        output = layer(dual, shift, scale=scale)
+    assert seen == [1] * 6
+    assert torch.equal(x, kept)  # a plain hidden state may be the caller's
+    assert torch.allclose(plain, expected[0], atol=1e-12)
+    assert torch.allclose(output.stacked, expected, atol=1e-12)
+    assert output is dual  # its memory is used again

@@ -111,9 +111,9 @@ def test_dropout_draws_one_mask_a_step() -> None:
             losses.append(float(noise))
             return super().loss(model, batch) * (1 + noise)
 
-    Client(model, Noisy(), ForwardGradient(3), training(epochs=1, num_tangents=3)).update(task_for(model))
-    assert len(losses) == 9
-    assert all(len(set(losses[i : i + 3])) == 1 for i in (0, 3, 6))
+    Client(model, Noisy(), ZerothOrder(3), training(epochs=1, num_tangents=3)).update(task_for(model))
+    assert len(losses) == 18
+    assert all(len(set(losses[i : i + 6])) == 1 for i in (0, 6, 12))
     assert len(set(losses)) == 3
 
 

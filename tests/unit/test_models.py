@@ -127,19 +127,21 @@ def test_target_modules_that_are_not_there(tiny_model: Path) -> None:
 @pytest.mark.slow
 def test_the_builtin_decoder_reads_and_answers() -> None:
     """SmolLM2 from GGUF: loads as a Llama model with 30 layers of query and value units, slopes finite."""
-    from spryfl.gradients.forward import loss_and_slope
+    from spryfl.gradients.forward import loss_and_slopes
 
     loaded = load_model(ModelConfig(name="builtin:smollm2"), AdapterConfig(), num_labels=2, seed=0)
     assert len(loaded.units) == 61
     text = ["a fine film", "a dull film that goes on and on"]
     batch = loaded.tokenizer(text, padding=True, return_tensors="pt")
     tangents = {
-        name: torch.randn_like(loaded.model.get_parameter(name)) for unit in loaded.units for name in unit.parameters
+        name: torch.randn(1, *loaded.model.get_parameter(name).shape)
+        for unit in loaded.units
+        for name in unit.parameters
     }
 
     def loss(model: torch.nn.Module) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(model(**batch).logits.float(), torch.tensor([1, 0]))
 
-    value, slope = loss_and_slope(loaded.model, loss, tangents)
+    value, slopes = loss_and_slopes(loaded.model, loss, tangents)
     assert value > 0
-    assert slope != 0
+    assert (slopes != 0).all()

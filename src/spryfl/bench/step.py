@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
-from spryfl.forward_mode.feed_forward import chunk_feed_forward
-from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.memory.meter import ActivationMeter
 from spryfl.models.adapters import add_adapter
-from spryfl.models.lean_lora import use_lean_lora
-from spryfl.models.loading import transformer_layers
+from spryfl.models.layers import transformer_layers
+from spryfl.models.lean import make_lean
 from spryfl.models.units import parameters_of, trainable_units
 
 Row = dict[str, Any]
@@ -106,9 +104,7 @@ def _steps(bench: StepBench) -> dict[str, Callable[[], float | None]]:
     model = _adapted_bert(bench, ATTENTION_NAME)
     eager = _adapted_bert(bench, "eager")
     eager.load_state_dict(model.state_dict())
-    use_lean_operators(model)
-    use_lean_lora(model)
-    chunk_feed_forward(model)
+    make_lean(model)
     names = parameters_of(trainable_units(model))
     ids = torch.randint(1000, 20000, (bench.batch, bench.tokens))
     labels = torch.randint(0, 2, (bench.batch,))

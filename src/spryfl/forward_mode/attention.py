@@ -1,4 +1,4 @@
-"""Attention's jvp in blocks, as a transformers attention implementation.
+"""Attention of duals in blocks, as a transformers attention implementation.
 
 PyTorch's fused attention has no forward derivative, and the eager one keeps every (queries x keys)
 matrix several times over. Here a block of queries is carried to its output before the next begins:
@@ -6,7 +6,8 @@ matrix several times over. Here a block of queries is carried to its output befo
     S = c q k^T,  P = softmax(S),  o = P v
     S' = c (q' k^T + q k'^T),  D = P * S',  o' = P v' + D v - rowsum(D) o
 
-Without tangents the call goes to PyTorch's fused kernels, so inference and backprop run on those.
+P is computed once for all K tangents. Without tangents the call goes to PyTorch's fused kernels, so inference
+and backprop run on those.
 """
 
 from collections.abc import Iterator
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from spryfl.forward_mode.dual import pack, unpack
+from spryfl.forward_mode.budget import ATTENTION_SHARE, chunk_bytes
+from spryfl.forward_mode.dual import Dual, num_tangents, split
 
 ATTENTION_NAME = "spry"
-BLOCK_BYTES = 8 * 2**20  # of scores and their tangents alive at a time; near a core's share of cache
 
 
 def register_attention() -> None:
@@ -31,7 +32,25 @@ def register_attention() -> None:
     silently attended to.
     """
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)
+
+
+def padding_mask(batch_size: int, q_length: int, kv_length: int, **settings: Any) -> Tensor | None:
+    """The mask transformers hands to our attention: padding alone where that and causality are all there is.
+
+    Causality is cut block by block, so no (batch, 1, queries, keys) mask stands whole. Other patterns (a
+    sliding window shorter than the text, packed sequences, a cache) get transformers' own full mask.
+
+    Returns:
+        (batch, 1, 1, keys) or (batch, 1, queries, keys), True where attended; None where all are.
+    """
+    function, given = settings.get("mask_function", causal_mask_function), settings.get("attention_mask")
+    plain = function in (causal_mask_function, bidirectional_mask_function)
+    square = q_length == kv_length and not settings.get("q_offset") and not settings.get("kv_offset")
+    if not (plain and square) or given is None or given.shape[-1] != kv_length:
+        full: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, **settings)
+        return full
+    return None if given.all() else given[:, None, None, :].bool()
 
 
 def attention_forward(
@@ -51,7 +70,8 @@ def attention_forward(
         module: the attention module; read for `is_causal`.
         query: (batch, heads, queries, head size).
         key, value: (batch, key heads, keys, head size); key heads divide heads.
-        attention_mask: broadcasts to (batch, 1, queries, keys); True or 0 where attended.
+        attention_mask: broadcasts to (batch, 1, queries, keys); True or 0 where attended. One without a
+            query dimension is padding alone, and causality is the module's.
         dropout: must be 0 where a tangent flows: base models run in evaluation mode.
         scaling: c; 1 / sqrt(head size) by default.
         is_causal: overrides the module's own.
@@ -59,71 +79,64 @@ def attention_forward(
     Returns:
         (batch, queries, heads, head size), and no attention weights.
     """
-    (q, q_tangent), (k, k_tangent), (v, v_tangent) = unpack(query), unpack(key), unpack(value)
-    if q_tangent is None and k_tangent is None and v_tangent is None:
+    unsupported = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    if unsupported:
+        raise NotImplementedError(f"attention with {', '.join(unsupported)} has no forward-mode rule here (forward AD)")
+    causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    causal = causal and query.shape[2] > 1 and (attention_mask is None or attention_mask.shape[2] == 1)
+    if num_tangents(query, key, value) == 0:
+        if causal and attention_mask is not None:
+            rows = slice(0, query.shape[2])
+            attention_mask = attention_mask & _causal_mask(rows, key.shape[2], query.device)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if dropout:
         raise NotImplementedError("attention dropout under forward mode: put the base model in evaluation mode")
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    primal, tangent = attention_jvp(
-        (q, k, v),
-        (q_tangent, k_tangent, v_tangent),
-        mask=attention_mask,
-        causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-    )
-    return pack(primal, tangent), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, mask=attention_mask, causal=causal, scaling=scaling), None
 
 
-def attention_jvp(
-    primals: tuple[Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
-    *,
-    mask: Tensor | None,
-    causal: bool,
-    scaling: float,
-    block_bytes: int = BLOCK_BYTES,
-) -> tuple[Tensor, Tensor]:
-    """Output and output tangent of attention, block by block.
+def attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, causal: bool, scaling: float) -> Dual:
+    """Attention of duals, block by block within the byte budget.
 
     Args:
-        primals: query (batch, heads, queries, head size), key and value (batch, key heads, keys, head
-            size): query heads come in `heads / key heads` groups over each key head.
-        tangents: of the same shapes, None for zero; at least one is not None.
+        query: (batch, heads, queries, head size).
+        key, value: (batch, key heads, keys, head size): query heads come in `heads / key heads` groups over
+            each key head. At least one of the three is a dual.
         mask: broadcasts to (batch, 1, queries, keys): bool (True: attended) or added to the scores.
         causal: query i attends to keys up to i.
         scaling: c.
-        block_bytes: bound on the scores and score tangents alive at a time.
 
     Returns:
-        Two contiguous tensors (batch, queries, heads, head size).
+        (batch, queries, heads, head size), contiguous.
     """
-    query, key, value = primals
+    k = num_tangents(query, key, value)
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     groups = heads // key_heads
-    output = query.new_empty(batch, queries, heads, value.shape[-1])
-    output_tangent = torch.empty_like(output)
-    # Three float32 score-sized tensors at the widest: P, S' and one term of it.
+    (q, q_tangents), (key_primal, key_tangents), (v, v_tangents) = split(query), split(key), split(value)
+    stack = q.new_empty(1 + k, batch, queries, heads, value.shape[-1])
+    # Three float32 score-sized tensors at the widest: P, S' of one tangent, and one term of it.
     row_bytes = 3 * 4 * groups * keys
-    for b, h, rows in _blocks(batch, key_heads, queries, row_bytes, block_bytes):
+    for b, h, rows in _blocks(batch, key_heads, queries, row_bytes, chunk_bytes(ATTENTION_SHARE)):
         q_heads = slice(h.start * groups, h.stop * groups)
-        query_tangent, key_tangent, value_tangent = tangents
-        block, block_tangent = _block_jvp(
-            (_grouped(query[b, q_heads, rows], groups), key[b, h], value[b, h]),
-            (
-                None if query_tangent is None else _grouped(query_tangent[b, q_heads, rows], groups),
-                None if key_tangent is None else key_tangent[b, h],
-                None if value_tangent is None else value_tangent[b, h],
-            ),
-            _block_mask(mask, causal, b, rows, keys, query.device),
-            scaling,
-            groups,
-        )
-        for target, source in ((output, block), (output_tangent, block_tangent)):
-            shaped = source.view(source.shape[0], -1, rows.stop - rows.start, source.shape[-1])
-            target[b, rows, q_heads] = shaped.transpose(1, 2)
-    return output, output_tangent
+        primals = (_grouped(q[b, q_heads, rows], groups), key_primal[b, h], v[b, h])
+        probabilities, output = _block(primals, _block_mask(mask, causal, b, rows, keys, q.device), scaling, groups)
+        _place(stack[0, b, rows, q_heads], output, groups)
+        for i in range(k):
+            tangents = (
+                None if q_tangents is None else _grouped(q_tangents[i, b, q_heads, rows], groups),
+                None if key_tangents is None else key_tangents[i, b, h],
+                None if v_tangents is None else v_tangents[i, b, h],
+            )
+            tangent = _block_tangent(primals, tangents, probabilities, output, scaling)
+            _place(stack[1 + i, b, rows, q_heads], tangent, groups)
+    return Dual(stack)
+
+
+def _place(target: Tensor, block: Tensor, groups: int) -> None:
+    """Write (b, key heads, groups * rows, d) into (b, rows, heads, d)."""
+    b, h, _, d = block.shape
+    target.copy_(block.view(b, h * groups, -1, d).transpose(1, 2))
 
 
 def _grouped(query: Tensor, groups: int) -> Tensor:
@@ -131,28 +144,33 @@ def _grouped(query: Tensor, groups: int) -> Tensor:
     return query.reshape(query.shape[0], -1, groups * query.shape[2], query.shape[3])
 
 
-def _block_jvp(
+def _block(
+    primals: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, scaling: float, groups: int
+) -> tuple[Tensor, Tensor]:
+    """P and o of a block: query (b, h, groups * rows, d), key and value (b, h, keys, d), mask (b, 1, rows, keys)."""
+    query, key, value = primals
+    probabilities = _softmax(torch.matmul(query * scaling, key.transpose(-1, -2)), mask, groups)
+    return probabilities, torch.matmul(probabilities.to(value.dtype), value)
+
+
+def _block_tangent(
     primals: tuple[Tensor, Tensor, Tensor],
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
-    mask: Tensor | None,
+    probabilities: Tensor,
+    output: Tensor,
     scaling: float,
-    groups: int,
-) -> tuple[Tensor, Tensor]:
-    """One block: query (b, h, groups * rows, d), key and value (b, h, keys, d), mask (b, 1, rows, keys)."""
+) -> Tensor:
+    """O' of one tangent of a block."""
     query, key, value = primals
     query_tangent, key_tangent, value_tangent = tangents
-    probabilities = _softmax(torch.matmul(query * scaling, key.transpose(-1, -2)), mask, groups)
-    output = torch.matmul(probabilities.to(value.dtype), value)
-    tangent = torch.zeros_like(output)
-    if value_tangent is not None:
-        tangent += torch.matmul(probabilities.to(value.dtype), value_tangent)
+    tangent = None if value_tangent is None else torch.matmul(probabilities.to(value.dtype), value_tangent)
     if query_tangent is not None or key_tangent is not None:
         weighted = _score_tangent(query, key, query_tangent, key_tangent, scaling)
         weighted = weighted.to(probabilities.dtype).mul_(probabilities)  # D = P * S'
-        del probabilities
-        tangent += torch.matmul(weighted.to(value.dtype), value)
-        tangent -= weighted.sum(-1, keepdim=True).to(output.dtype) * output
-    return output, tangent
+        moved = torch.matmul(weighted.to(value.dtype), value)
+        moved.addcmul_(weighted.sum(-1, keepdim=True).to(output.dtype), output, value=-1)
+        tangent = moved if tangent is None else tangent.add_(moved)
+    return torch.zeros_like(output) if tangent is None else tangent
 
 
 def _score_tangent(
@@ -186,14 +204,22 @@ def _block_mask(
     mask: Tensor | None, causal: bool, b: slice, rows: slice, keys: int, device: torch.device
 ) -> Tensor | None:
     """The mask of one block: (b or 1, 1, rows, keys)."""
-    if causal:
-        row = torch.arange(rows.start, rows.stop, device=device)[:, None]
-        return (torch.arange(keys, device=device)[None, :] <= row)[None, None]
+    if mask is not None:
+        mask = mask[..., :keys]
+        mask = mask if mask.shape[0] == 1 else mask[b]
+        mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
+    if not causal:
+        return mask
+    lower = _causal_mask(rows, keys, device)
     if mask is None:
-        return None
-    mask = mask[..., :keys]
-    mask = mask if mask.shape[0] == 1 else mask[b]
-    return mask if mask.shape[2] == 1 else mask[:, :, rows]
+        return lower
+    return lower & mask if mask.dtype == torch.bool else torch.where(lower, mask, torch.finfo(mask.dtype).min)
+
+
+def _causal_mask(rows: slice, keys: int, device: torch.device) -> Tensor:
+    """(1, 1, rows, keys): query i attends to keys up to i."""
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    return (torch.arange(keys, device=device)[None, :] <= row)[None, None]
 
 
 def _blocks(

@@ -1,80 +1,188 @@
-"""Lean jvps of the operators a transformer spends its time in: linear maps and layer norms.
+"""Lean operators of duals for what a transformer spends its time in: linear maps and norms.
 
-PyTorch's own forward derivatives of these are correct but slow (docs/results/operators.md, by
-`benchmarks/operators.py`) and leave temporaries. Here each is the primal's fused kernel and one more for the
-tangent. PyTorch's derivatives of activations are as lean already.
+A frozen linear map acts on primal and tangents in one product, and a packed weight (4-bit, 8-bit) is
+unpacked once for all of them. A norm takes one kernel for the primal and one for each tangent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spryfl.forward_mode.dual import pack, unpack
+from spryfl.forward_mode.dual import Dual, new_stack, num_tangents, split
+from spryfl.forward_mode.packed import DenseWeight, packed_linear
 
-Jvp = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""(module, primal, tangent or None) -> (primal, tangent or None) of the output."""
-
-
-def linear_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Y = W x + b,  y' = W x' + W' x + b'; a frozen W and b have no tangents."""
-    assert isinstance(module, nn.Linear)
-    weight, weight_tangent = unpack(module.weight)
-    bias, bias_tangent = (None, None) if module.bias is None else unpack(module.bias)
-    output = nn.functional.linear(primal, weight, bias)
-    output_tangent = None if tangent is None else nn.functional.linear(tangent, weight)
-    if weight_tangent is not None:
-        own = nn.functional.linear(primal, weight_tangent)
-        output_tangent = own if output_tangent is None else output_tangent.add_(own)
-    if bias_tangent is not None:
-        spread = bias_tangent.expand_as(output)
-        output_tangent = spread.clone() if output_tangent is None else output_tangent.add_(spread)
-    return output, output_tangent
+Operator = Callable[[Any, Any], Tensor]
 
 
-def layer_norm_jvp(module: nn.Module, primal: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Y = W x + b,  y' = W x' + W' x + b'; any of the three may be a dual.
+
+    Args:
+        x: (.., in).
+        weight: (out, in).
+        bias: (out,).
+    """
+    k = num_tangents(x, weight, bias)
+    (plain_weight, _), (plain_bias, bias_tangents) = split(weight), (None, None) if bias is None else split(bias)
+    if k == 0:
+        return nn.functional.linear(x, plain_weight, plain_bias)
+    if isinstance(x, Dual):
+        # Contiguous first: a strided stack would be multiplied matrix by matrix, each with its own weight.
+        stack = nn.functional.linear(x.stacked.contiguous(), plain_weight)
+        if plain_bias is not None:
+            stack[0] += plain_bias
+    else:
+        output = nn.functional.linear(x, plain_weight, plain_bias)
+        stack = new_stack(output, k, output.shape)
+        stack[0] = output
+        stack[1:].zero_()
+    if isinstance(weight, Dual):
+        add_weight_tangents(stack, split(x)[0], weight, 1.0)
+    if bias_tangents is not None:
+        stack[1:] += bias_tangents.view(k, *(1,) * (stack.dim() - 2), -1)
+    return Dual(stack)
+
+
+def add_weight_tangents(stack: Tensor, x: Tensor, weight: Dual, scaling: float) -> None:
+    """Add scaling * W'_k x to each tangent of a stack (1 + K, .., out), in place and without temporaries."""
+    rows = x.reshape(-1, x.shape[-1])
+    for k in range(1, stack.shape[0]):
+        stack[k].view(-1, stack.shape[-1]).addmm_(rows, weight.stacked[k].t(), alpha=scaling)
+
+
+def add_linear(y: Tensor, x: Tensor, weight: Tensor, scaling: float) -> Tensor:
+    """Y + scaling * W x, overwriting y; the LoRA update without an update-sized temporary.
+
+    Args:
+        y: (.., out), contiguous.
+        x: (.., rank).
+        weight: (out, rank).
+    """
+    k = num_tangents(y, x, weight)
+    if k and not isinstance(y, Dual):
+        stack = new_stack(y, k, y.shape)
+        stack[0] = y
+        stack[1:].zero_()
+        y = Dual(stack)
+    plain_weight = split(weight)[0]
+    target = y.stacked if isinstance(y, Dual) else y
+    source = x.stacked if isinstance(x, Dual) else x
+    if isinstance(y, Dual) and not isinstance(x, Dual):
+        target = target[0]
+    target.view(-1, target.shape[-1]).addmm_(source.reshape(-1, source.shape[-1]), plain_weight.t(), alpha=scaling)
+    if isinstance(weight, Dual):
+        assert isinstance(y, Dual)
+        add_weight_tangents(y.stacked, split(x)[0], weight, scaling)
+    return y
+
+
+def layer_norm(module: Any, x: Dual) -> Tensor:
     """Y' = w * J x'. J = (I - 11^T/n - zz^T/n) / s is symmetric, so its backward kernel applies it forward."""
-    assert isinstance(module, nn.LayerNorm)
     shape, weight, bias = module.normalized_shape, module.weight, module.bias
-    output, mean, rstd = torch.native_layer_norm(primal, shape, weight, bias, module.eps)
-    if tangent is None:
-        return output, None
-    moved, _, _ = torch.ops.aten.native_layer_norm_backward(
-        tangent, primal, shape, mean, rstd, None, None, (True, False, False)
-    )
-    return output, moved if weight is None else moved.mul_(weight)
+    primal = x.stacked[0]
+    stack = torch.empty_like(x.stacked)
+    stack[0], mean, rstd = torch.native_layer_norm(primal, shape, weight, bias, module.eps)
+    for k in range(1, stack.shape[0]):
+        moved, _, _ = torch.ops.aten.native_layer_norm_backward(
+            x.stacked[k], primal, shape, mean, rstd, None, None, (True, False, False)
+        )
+        if weight is None:
+            stack[k] = moved
+        else:
+            torch.mul(moved, weight, out=stack[k])
+    return Dual(stack)
 
 
-OPERATORS: dict[type[nn.Module], Jvp] = {
-    nn.Linear: linear_jvp,
-    nn.LayerNorm: layer_norm_jvp,
+# Transformers' RMS norms by class name: what is added to the weight.
+RMS_NORMS: dict[str, float] = {
+    "LlamaRMSNorm": 0.0,
+    "MistralRMSNorm": 0.0,
+    "Qwen2RMSNorm": 0.0,
+    "Qwen3RMSNorm": 0.0,
+    "GemmaRMSNorm": 1.0,
+    "Gemma2RMSNorm": 1.0,
+    "Gemma3RMSNorm": 1.0,
 }
 
 
-def use_lean_operators(model: nn.Module) -> None:
-    """Give the model's linear maps and layer norms their lean jvps, in place.
+def rms_norm(module: Any, x: Dual) -> Tensor:
+    """Y = w n with n = r x and r = 1 / sqrt(mean x^2 + e);  y' = w r (x' - n mean(n x')).
 
-    Subclasses keep their own forward: what they change is not known here. Without a tangent every module
-    runs as before. A perturbed norm falls back to PyTorch's own derivative.
+    In float32 at least, as transformers computes it; the weight is applied where each family applies it.
     """
-    for module in model.modules():
-        jvp = OPERATORS.get(type(module))
-        if jvp is not None and "forward" not in vars(module):
-            module.forward = _dispatch(module, jvp)
+    offset = RMS_NORMS[type(module).__name__]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    epsilon = getattr(module, "variance_epsilon", None) or module.eps
+    normed = x.stacked[0].to(wide)
+    scale = torch.rsqrt(normed.square().mean(-1, keepdim=True).add_(epsilon))
+    normed = normed * scale
+    weight = module.weight if offset == 0 else module.weight.to(wide) + offset
+    stack = torch.empty_like(x.stacked)
+    stack[0] = normed * weight if offset else normed.to(x.dtype) * weight
+    for k in range(1, stack.shape[0]):
+        tangent = x.stacked[k].to(wide)
+        along = (normed * tangent).mean(-1, keepdim=True)
+        stack[k] = torch.addcmul(tangent, normed, along, value=-1).mul_(scale).mul_(weight)
+    return Dual(stack)
 
 
-def _dispatch(module: nn.Module, jvp: Jvp) -> Callable[[Tensor], Tensor]:
+def use_lean_operators(model: nn.Module, dense_weights: Mapping[type, DenseWeight] | None = None) -> None:
+    """Give the model's linear maps and norms their lean operators, in place.
+
+    Subclasses keep their own forward: what they change is not known here. Without a tangent a module runs as
+    before, but for packed ones, whose weight is unpacked for every pass, backward ones included.
+
+    Args:
+        model: changed once and for all; its values and results are not.
+        dense_weights: class of a module with a packed weight -> how to unpack it.
+    """
+    packed = dict(dense_weights or {})
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if "_lean" in vars(module):
+            continue
+        if type(module) in packed:
+            forward = packed_linear(module, packed[type(module)], linear)
+        elif type(module) is nn.Linear:
+            forward = _of_duals(module, lambda m, x: linear(x, m.weight, m.bias))
+        elif type(module) is nn.LayerNorm:
+            forward = _unless_perturbed(module, layer_norm)
+        elif type(module).__name__ in RMS_NORMS:
+            forward = _unless_perturbed(module, rms_norm)
+        else:
+            continue
+        module.forward = forward
+        vars(module)["_lean"] = True
+
+
+def _of_duals(module: Any, operator: Operator) -> Callable[[Tensor], Tensor]:
+    """The module's forward, with an operator of ours wherever a dual comes in or a parameter is one."""
     plain = module.forward
 
     @wraps(plain)
     def forward(input: Tensor) -> Tensor:
-        primal, tangent = unpack(input)
-        perturbed = any(p is not None and unpack(p)[1] is not None for p in module._parameters.values())
-        if tangent is None and not perturbed:
-            return plain(input)  # type: ignore[no-any-return]
-        if perturbed and jvp is not linear_jvp:
-            return plain(input)  # type: ignore[no-any-return]
-        return pack(*jvp(module, primal, tangent))
+        if isinstance(input, Dual) or _is_perturbed(module):
+            return operator(module, input)
+        return plain(input)  # type: ignore[no-any-return]
 
     return forward
+
+
+def _unless_perturbed(module: Any, operator: Operator) -> Callable[[Tensor], Tensor]:
+    """As above for norms; one that is perturbed itself takes PyTorch's derivative, operator by operator."""
+    plain = module.forward
+
+    @wraps(plain)
+    def forward(input: Tensor) -> Tensor:
+        if isinstance(input, Dual) and not _is_perturbed(module):
+            return operator(module, input)
+        return plain(input)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _is_perturbed(module: nn.Module) -> bool:
+    return any(isinstance(parameter, Dual) for parameter in module._parameters.values())

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from spryfl.errors import UnsupportedModuleError
-from spryfl.forward_mode.dual import pack, unpack
+from spryfl.forward_mode.dual import make_dual, num_tangents, split
 from spryfl.forward_mode.patching import Forward, patched_forwards
 
 BATCH, TOKENS = 2, 8
@@ -24,7 +23,7 @@ BATCH, TOKENS = 2, 8
 REMEDIES: tuple[tuple[str, str], ...] = (
     ("scaled_dot_product", "Its attention bypasses transformers' attention interface: ask its authors to use it"),
     ("flash", "Its attention bypasses transformers' attention interface: ask its authors to use it"),
-    ("jvp", "Its custom autograd function has no jvp: add one, or replace the module by plain PyTorch"),
+    ("tensor subclass", "It computes outside PyTorch (NumPy, a kernel of its own): replace it by plain PyTorch"),
     ("forward AD", "Replace this operation by one with a forward derivative, or train with fedavg or fedyogi"),
 )
 DEFAULT_REMEDY = "Train this model with a backprop method such as fedyogi, or replace the module"
@@ -68,13 +67,13 @@ def check_support(model: nn.Module) -> SupportReport:
     guarded = patched_forwards(
         list(paths), lambda module, forward: _recording(paths[module], module, forward, problems)
     )
-    with torch.no_grad(), forward_ad.dual_level(), guarded, _tangent_on_embeddings(model):
+    with torch.no_grad(), guarded, _tangent_on_embeddings(model):
         try:
             output = model(input_ids=ids, attention_mask=mask)
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             problems.setdefault("", _problem("", model, error))
         else:
-            if not problems and unpack(output.logits)[1] is None:
+            if not problems and num_tangents(output.logits) == 0:
                 problems[""] = Problem("(whole model)", type(model).__name__, DROPPED, DEFAULT_REMEDY)
     return SupportReport(len(paths), tuple(problems.values()))
 
@@ -112,8 +111,8 @@ def _recording(path: str, module: nn.Module, forward: Forward, problems: dict[st
 def _tangent_on_embeddings(model: nn.Module) -> Iterator[None]:
     """Give the input embeddings' output a tangent, so that one reaches every module above."""
 
-    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return pack(output, torch.zeros_like(output))
+    def add(module: nn.Module, args: Any, output: Tensor) -> Any:
+        return _with_zero_tangent(output)
 
     handle = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
     try:
@@ -133,7 +132,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _carries(tree: Any) -> bool:
-    return any(_is_float(leaf) and unpack(leaf)[1] is not None for leaf in tree_leaves(tree))
+    return num_tangents(*tree_leaves(tree)) > 0
 
 
 def _owns_weights(module: nn.Module) -> bool:
@@ -141,8 +140,11 @@ def _owns_weights(module: nn.Module) -> bool:
 
 
 def _primal(value: Any) -> Any:
-    return unpack(value)[0] if _is_float(value) else value
+    return split(value)[0] if isinstance(value, Tensor) else value
 
 
 def _with_zero_tangent(value: Any) -> Any:
-    return pack(_primal(value), torch.zeros_like(_primal(value))) if _is_float(value) else value
+    if not _is_float(value):
+        return value
+    primal = split(value)[0]
+    return make_dual(primal, torch.zeros_like(primal).unsqueeze(0))

@@ -3,7 +3,7 @@
     g = (1/K) sum_k (grad L . v_k) v_k,    v_k ~ N(0, I)
 
 (Baydin et al. 2022, "Gradients without Backpropagation"; Spry, Panchal et al. 2024, equation 1.) One
-forward-mode pass gives a slope exactly; nothing is stored for a backward pass.
+forward-mode pass gives all K slopes exactly; nothing is stored for a backward pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from spryfl.forward_mode.dual import split
 from spryfl.forward_mode.inject import injected
 from spryfl.gradients.estimator import Draw, GradientEstimate, Loss, estimate_from_slopes
 
 
 @dataclass(frozen=True)
 class ForwardGradient:
-    """Forward mode along `num_tangents` (K) directions, one pass each."""
+    """Forward mode along `num_tangents` (K) directions, all in one pass."""
 
     num_tangents: int = 1
 
@@ -28,24 +28,26 @@ class ForwardGradient:
     ) -> GradientEstimate:
         """See `GradientEstimator.estimate`."""
         shapes = {name: model.get_parameter(name).shape for name in parameters}
-        losses, slopes = [], []
-        for k in range(self.num_tangents):
-            tangents = {name: draw(k, name, shape) for name, shape in shapes.items()}
-            value, slope = loss_and_slope(model, loss, tangents)
-            losses.append(value)
-            slopes.append(slope)
-        mean_loss = sum(losses) / len(losses)
-        return estimate_from_slopes(model, slopes, mean_loss, parameters, draw, num_examples)
+        tangents = {
+            name: torch.stack([draw(k, name, shape) for k in range(self.num_tangents)])
+            for name, shape in shapes.items()
+        }
+        value, slopes = loss_and_slopes(model, loss, tangents)
+        return estimate_from_slopes(model, slopes.tolist(), value, parameters, draw, num_examples)
 
 
-def loss_and_slope(model: nn.Module, loss: Loss, tangents: Mapping[str, Tensor]) -> tuple[float, float]:
-    """One forward-mode pass: the loss and its slope grad L . v along the tangents.
+def loss_and_slopes(model: nn.Module, loss: Loss, tangents: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+    """One forward-mode pass: the loss and its slopes grad L . v_k along K tangents.
 
     Args:
         model: any device and floating dtype.
         loss: one batch's loss as a function of the model.
-        tangents: v, by parameter name, each of its parameter's shape.
+        tangents: v, by parameter name, each (K, *its parameter's shape).
+
+    Returns:
+        The loss, and (K,) slopes in the loss's dtype; zeros where it depends on none of the parameters.
     """
-    with torch.no_grad(), forward_ad.dual_level(), injected(model, tangents):
-        primal, tangent = forward_ad.unpack_dual(loss(model))
-    return float(primal), 0.0 if tangent is None else float(tangent)
+    with torch.no_grad(), injected(model, tangents):
+        primal, slopes = split(loss(model))
+    num_tangents = max((tangent.shape[0] for tangent in tangents.values()), default=0)
+    return float(primal), primal.new_zeros(num_tangents) if slopes is None else slopes

@@ -14,17 +14,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
-from spryfl.forward_mode.feed_forward import chunk_feed_forward
-from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.models.adapters import adapter_config, add_adapter
 from spryfl.models.builtin import PREFIX, locate
-from spryfl.models.lean_lora import use_lean_lora
+from spryfl.models.lean import make_lean
 from spryfl.models.units import Unit, trainable_units
 
 # A classification head by the names transformers gives it. A head is also whatever the checkpoint lacks.
@@ -120,9 +117,7 @@ def load_model(
         head = head_modules(base, info["missing_keys"])
         model = add_adapter(base, adapter_config(adapter, base, head))
     model.eval().to(device)
-    use_lean_operators(model)
-    use_lean_lora(model)
-    chunk_feed_forward(model)
+    make_lean(model)
     return AdaptedModel(model, tokenizer, trainable_units(model), dtype)
 
 
@@ -140,29 +135,6 @@ def head_modules(base: nn.Module, missing: Sequence[str]) -> list[str]:
         if module not in names and parts[0] not in names:
             names.append(module)
     return names
-
-
-def transformer_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, as checkpointing cuts the model; outermost ones only.
-
-    Those that transformers marks, or else (ALBERT) the members of the outermost module lists.
-    """
-    marked = _outermost(model, GradientCheckpointingLayer)
-    found = marked or [layer for layers in _outermost(model, nn.ModuleList) for layer in layers.children()]
-    if not found:
-        raise ModelError("checkpointing = 'per_layer': this model has no layers transformers can checkpoint")
-    return found
-
-
-def _outermost(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
-    """Modules of a kind that lie in no other of that kind."""
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, kind) and module not in inside:
-            found.append(module)
-            inside.update(module.modules())
-    return found
 
 
 def resolve_device(name: str) -> torch.device:
