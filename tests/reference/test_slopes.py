@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from families import DECODERS, FAMILIES, autograd_gradient, batch_loss, build, padded_batch, trainable
-from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.forward import loss_and_slope
 from spryfl.models.loading import transformer_layers
 
@@ -52,21 +51,6 @@ def test_padding_is_masked(family: str) -> None:
     assert (value, slope) == pytest.approx(loss_and_slope(model, batch_loss(other), tangents), abs=1e-12)
     unmasked = dict(other, attention_mask=torch.ones_like(batch["attention_mask"]))
     assert abs(loss_and_slope(model, batch_loss(unmasked), tangents)[1] - slope) > 1e-6  # a lost mask would show
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointing_changes_no_gradient(family: str) -> None:
-    model, loss = build(family), batch_loss(padded_batch())
-    names = trainable(model)
-
-    def draw(k: int, name: str, shape: torch.Size) -> torch.Tensor:
-        raise AssertionError("backprop draws no directions")
-
-    plain = Backprop().estimate(model, loss, names, draw, 3)
-    checkpointed = Backprop("per_layer", transformer_layers).estimate(model, loss, names, draw, 3)
-    for name in names:
-        assert torch.equal(plain.gradients[name], checkpointed.gradients[name])
-    assert all("forward" not in vars(layer) for layer in transformer_layers(model))
 
 
 def test_layers_below_the_lowest_tangent_carry_none() -> None:

@@ -25,7 +25,7 @@ from spryfl.gradients.forward import ForwardGradient
 from spryfl.memory.meter import ActivationMeter
 from spryfl.models.adapters import add_adapter
 from spryfl.models.lean_lora import use_lean_lora
-from spryfl.models.loading import transformer_layers
+from spryfl.models.loading import layer_calls
 from spryfl.models.units import parameters_of, trainable_units
 
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ def _steps(bench: StepBench) -> dict[str, Callable[[], float | None]]:
         "forward": forward,
         "func_jvp": func_jvp,
         "backprop": lambda: backprop(Backprop()),
-        "backprop_checkpointed": lambda: backprop(Backprop("per_layer", transformer_layers)),
+        "backprop_checkpointed": lambda: backprop(Backprop("per_layer", layer_calls)),
     }
 
 

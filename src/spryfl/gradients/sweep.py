@@ -38,8 +38,8 @@ class GradientSums:
             if gradient is None:
                 continue
             known = self.sums.get(parameter)
-            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            self.sums[parameter] = gradient if known is None else known + gradient
+            precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            self.sums[parameter] = precise if known is None else known + precise
 
 
 @dataclass
@@ -88,6 +88,8 @@ class Sweep:
         """
         with patched_forwards(self._unique, self._recording):
             value = loss(model)
+        if not self.calls and not self.num_below:
+            raise ModelError(f"checkpointing: the loss calls none of the model's {len(self.layers)} layers: {REMEDY}")
         arriving = self._through_the_top(value)
         self.latest = None
         if self.calls:
@@ -108,6 +110,9 @@ class Sweep:
             # Without recording, token-wise blocks run in chunks, which would draw other masks than the way back.
             with torch.set_grad_enabled(call.stochastic):
                 output = forward(hidden.detach(), *call.args, **call.kwargs)
+            if (found := hidden_of(output, layer)).shape != hidden.shape:
+                shapes = f"{tuple(hidden.shape)} to {tuple(found.shape)}"
+                raise ModelError(f"checkpointing: {type(layer).__name__} changes its input's shape, {shapes}: {REMEDY}")
             return output if below else self._as_leaves(output, layer)
 
         return run
@@ -157,7 +162,8 @@ class Sweep:
     def _through_the_top(self, value: Tensor) -> dict[int, Tensor]:
         """Differentiate what lies above the layers; what arrives at each call's output, by its place."""
         alive = [(place, is_hidden, t) for place, is_hidden, ref in self.outputs if (t := ref()) is not None]
-        found = torch.autograd.grad(value, [*(t for *_, t in alive), *self.wanted], allow_unused=True)
+        inputs = [*(t for *_, t in alive), *self.wanted]
+        found: Sequence[Tensor | None] = torch.autograd.grad(value, inputs, allow_unused=True)
         self.sums.add(self.wanted, found[len(alive) :])
         arriving = {}
         for (place, is_hidden, _), gradient in zip(alive, found[: len(alive)], strict=True):
@@ -188,10 +194,10 @@ class Sweep:
             else:
                 if action.step in arriving:  # the model uses this output elsewhere too
                     gradient.add_(arriving.pop(action.step))
-                hidden = self.kept[action.step] if at_hand is None else at_hand
-                needs_input = action.step > 0 or entry.requires_grad
-                self._reverse(self.calls[action.step], hidden.detach(), gradient, needs_input)
-                hidden = at_hand = None
+                state = (self.kept[action.step] if at_hand is None else at_hand).detach()
+                at_hand = None
+                self._reverse(self.calls[action.step], state, gradient, action.step > 0 or entry.requires_grad)
+                del state
         if entry.requires_grad:
             below = torch.autograd.grad(entry, self.wanted, gradient, allow_unused=True)
             self.sums.add(self.wanted, below)
@@ -217,13 +223,13 @@ class Sweep:
                     state = state.detach().requires_grad_(needs_input)
                     output = hidden_of(forward(state, *others, **kept), call.layer)
                     inputs = [*own, state] if needs_input else own
-                    if not output.requires_grad:  # wanted, but not in use: an adapter that is switched off
-                        continue
-                    found = torch.autograd.grad(output, inputs, gradient[rows], allow_unused=True)
+                    found: Sequence[Tensor | None] = [None] * len(inputs)
+                    if output.requires_grad:  # it may not: an adapter that is switched off
+                        found = torch.autograd.grad(output, inputs, gradient[rows], allow_unused=True)
                     self.sums.add(own, found[: len(own)])
                     if needs_input:
                         # The rows of the output's gradient have served: the input's take their place.
-                        gradient[rows] = 0 if found[-1] is None else found[-1]
+                        gradient[rows] = 0 if (moved := found[-1]) is None else moved
                     del output, found, state
                 return hidden  # for the layer's hooks to see
 
