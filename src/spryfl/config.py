@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from spryfl.errors import ConfigError, nearest
 from spryfl.federated.method import METHODS
+from spryfl.sizes import parse_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +23,16 @@ else:
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _size(value: Any) -> int:
+    try:
+        return parse_size(value)
+    except ConfigError as error:
+        raise ValueError("a number of bytes, or text such as '64MiB' or '1.5GB'") from error
+
+
+Size = Annotated[int, BeforeValidator(_size)]
 
 
 ADAPTER_KINDS = {"lora": "low-rank pairs A, B beside frozen linear maps (any rank, any target modules, rsLoRA)"}
@@ -91,7 +102,8 @@ class MethodConfig(Part):
     num_tangents: Positive = Field(1, description="K: directions a step; unused by backprop")
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     step_size: PositiveFloat = Field(1e-3, description="h of the zeroth-order difference")
-    checkpointing: Literal["none", "per_layer"] = Field("none", description="of backprop")
+    checkpointing: Literal["none", "per_layer", "budgeted"] = Field("none", description="of backprop")
+    budget: Size | None = Field(None, description="budgeted: bytes of layer inputs kept, such as '64MiB' or '1.5GB'")
     head: Literal["every", "cycle"] = Field("every", description="the head goes to every client, or takes its turn")
     rotate: bool = Field(True, description="start the cycle one unit further each round")
     upload: Literal["values", "slopes"] | None = Field(None, description="what travels up; the method's own by default")
@@ -102,6 +114,10 @@ class MethodConfig(Part):
             raise ValueError(f"unknown method '{self.name}'.{nearest(self.name, METHODS)} See: spry list methods")
         if self.upload == "slopes" and METHODS[self.name].estimator == "backprop":
             raise ValueError(f"upload = 'slopes': {self.name} uses backprop, which has none; leave upload out")
+        if self.checkpointing == "budgeted" and self.budget is None:
+            raise ValueError("checkpointing = 'budgeted' needs a budget, such as budget = '64MiB'")
+        if self.budget is not None and self.checkpointing != "budgeted":
+            raise ValueError(f"budget belongs to checkpointing = 'budgeted', not '{self.checkpointing}': leave it out")
         return self
 
 

@@ -158,6 +158,7 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         dtype=str(bench.adapted.dtype).removeprefix("torch."),
         estimator=method.estimator,
         checkpointing=config.method.checkpointing if method.estimator == "backprop" else None,
+        checkpoint_budget_bytes=config.method.budget if method.estimator == "backprop" else None,
         num_clients=bench.federation.num_clients,
         cohort_size=bench.federation.cohort_size,
         accuracy_before=_known(events[0].accuracy),

@@ -14,7 +14,7 @@ from spryfl.config import RunConfig
 from spryfl.data.classification import Batch, Classification, Examples, tokenize
 from spryfl.data.loading import load_rows
 from spryfl.data.partition import Partition, partition_rows
-from spryfl.errors import DataError, nearest
+from spryfl.errors import ConfigError, DataError, nearest
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import FederatedState, Federation
@@ -25,14 +25,14 @@ from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.adapters import dropout_modules
-from spryfl.models.layers import transformer_layers
+from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel, load_model
 from spryfl.models.units import HEAD, parameters_of
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
     "forward": lambda config: ForwardGradient(config.method.num_tangents),
     "zeroth_order": lambda config: ZerothOrder(config.method.num_tangents, config.method.step_size),
-    "backprop": lambda config: Backprop(config.method.checkpointing, transformer_layers),
+    "backprop": lambda config: Backprop(config.method.checkpointing, layer_calls, config.method.budget),
 }
 
 
@@ -85,7 +85,7 @@ class Workbench:
         if METHODS[config.method.name].estimator == "forward":
             require_support(adapted.model, config.model.name)
         tokenizer = adapted.tokenizer
-        return cls(
+        bench = cls(
             config,
             adapted,
             Classification(DataCollatorWithPadding(tokenizer), adapted.model.device),
@@ -93,6 +93,22 @@ class Workbench:
             tokenize(rows.test, config.data, tokenizer),
             partition,
         )
+        bench._require_budget()
+        return bench
+
+    def _require_budget(self) -> None:
+        """Refuse a checkpointing budget that some client's batch exceeds with a single hidden state."""
+        budget, method = self.config.method.budget, METHODS[self.config.method.name]
+        size = getattr(self.adapted.model.config.get_text_config(), "hidden_size", None)
+        if budget is None or size is None or method.estimator != "backprop":
+            return
+        tokens, client = max((self.batch_tokens(client), client) for client in range(len(self.partition)))
+        least = tokens * size * self.adapted.dtype.itemsize
+        if budget < least:
+            raise ConfigError(
+                f"method.budget = {budget:,} bytes: one layer's input takes {least:,} bytes for a batch of client "
+                f"{client}, {tokens:,} tokens; raise it to that at least, or lower local.batch_size or data.max_tokens"
+            )
 
     @cached_property
     def federation(self) -> Federation:

@@ -12,7 +12,7 @@ from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes
 from spryfl.gradients.forward import ForwardGradient, loss_and_slopes
 from spryfl.gradients.zeroth_order import ZerothOrder
-from spryfl.models.layers import transformer_layers
+from spryfl.models.layers import layer_calls
 
 ESTIMATORS: dict[str, Callable[[], GradientEstimator]] = {
     "forward": ForwardGradient,
@@ -20,7 +20,8 @@ ESTIMATORS: dict[str, Callable[[], GradientEstimator]] = {
     "zeroth order": ZerothOrder,
     "zeroth order, 3 directions": lambda: ZerothOrder(3, 1e-4),
     "backprop": Backprop,
-    "backprop, checkpointed": lambda: Backprop("per_layer", transformer_layers),
+    "backprop, checkpointed": lambda: Backprop("per_layer", layer_calls),
+    "backprop, budgeted": lambda: Backprop("budgeted", layer_calls, 3 * 9 * 32 * 8),
 }
 DRAW = DirectionStream(0, 1, 0).at_step(0)
 

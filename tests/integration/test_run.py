@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from spryfl.config import RunConfig
-from spryfl.errors import RunDirectoryError
+from spryfl.errors import ConfigError, RunDirectoryError
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
 from spryfl.federated.method import METHODS
 from spryfl.runtime.workers import WorkerRuntime
@@ -59,6 +59,21 @@ def assert_same_training(one: Path, other: Path) -> None:
             yours.test_loss,
             yours.bytes_up,
         )
+
+
+def test_checkpointing_within_a_budget(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """The same training as plain backprop up to rounding; a budget that some client exceeds is refused at once."""
+    options = {"method__name": "fedavg", "server__num_rounds": 1, "adapter__dropout": 0.3}
+    budgeted = {"method__checkpointing": "budgeted"}
+    run_suite(tiny_config(**options), tmp_path / "plain")
+    (summary,) = run_suite(tiny_config(**options, **budgeted, method__budget="16KiB"), tmp_path / "budgeted")
+    assert (summary.checkpointing, summary.checkpoint_budget_bytes) == ("budgeted", 2**14)
+    plain, ours = tensors(tmp_path / "plain"), tensors(tmp_path / "budgeted")
+    assert all(torch.allclose(plain[name], ours[name], atol=1e-5) for name in plain)
+    with pytest.raises(
+        ConfigError, match=r"method.budget = 99 bytes: one layer's input takes [\d,]+ bytes for a batch of client"
+    ):
+        run_suite(tiny_config(**options, **budgeted, method__budget=99), tmp_path / "impossible")
 
 
 @pytest.mark.parametrize("method", METHODS)

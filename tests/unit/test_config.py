@@ -20,6 +20,12 @@ from spryfl.workbench import ESTIMATORS
         ({"num_rounds": 3}, "It belongs to server.num_rounds"),
         ({"method": {"name": "sprry"}}, "unknown method 'sprry'. Did you mean 'spry'?"),
         ({"method": {"name": "fedavg", "upload": "slopes"}}, "leave upload out"),
+        ({"method": {"checkpointing": "budgeted"}}, "needs a budget, such as budget = '64MiB'"),
+        ({"method": {"budget": "64MiB"}}, "budget belongs to checkpointing = 'budgeted', not 'none'"),
+        (
+            {"method": {"checkpointing": "budgeted", "budget": "64 MiBs"}},
+            "method.budget: a number of bytes, or text such as '64MiB' or '1.5GB' (got '64 MiBs')",
+        ),
         ({"server": {"cohort_size": 200}}, "exceeds partition.num_clients = 100"),
         ({"local": {"learning_rate": -1}}, "local.learning_rate: Input should be greater than 0 (got -1)"),
         ({"local": {"learning_rate": "fast"}}, "local.learning_rate"),

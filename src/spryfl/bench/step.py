@@ -22,7 +22,7 @@ from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.memory.meter import ActivationMeter
 from spryfl.models.adapters import add_adapter
-from spryfl.models.layers import transformer_layers
+from spryfl.models.layers import layer_calls
 from spryfl.models.lean import make_lean
 from spryfl.models.units import parameters_of, trainable_units
 
@@ -137,7 +137,7 @@ def _steps(bench: StepBench) -> dict[str, Callable[[], float | None]]:
         "forward": forward,
         "func_jvp": func_jvp,
         "backprop": lambda: backprop(Backprop()),
-        "backprop_checkpointed": lambda: backprop(Backprop("per_layer", transformer_layers)),
+        "backprop_checkpointed": lambda: backprop(Backprop("per_layer", layer_calls)),
     }
 
 

@@ -6,42 +6,44 @@ and the one that comes out need memory for the whole batch, and where tangents f
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from spryfl.forward_mode.budget import chunk_bytes, tangents_in_flight
 from spryfl.forward_mode.dual import Dual, num_tangents, write_rows
 from spryfl.forward_mode.feed_forward import token_wise_blocks
 from spryfl.forward_mode.packed import dense_bytes, staged
 
+Tree = TypeVar("Tree")
+
 HIDDEN_STATES = 4  # beside the outputs of its linear maps: context, norm and rotary temporaries, residual
 
 
-def take_rows(tree: Any, rows: slice, num_rows: int) -> Any:
-    """Some rows of every tensor in a tree whose first dimension is the batch; the others as they are.
+def take_rows(tree: Tree, rows: slice, num_rows: int) -> Tree:
+    """A layer's arguments for some rows of the batch; slices are views.
+
+    Tensors of one dimension stay whole: they hold one number a token (`cache_position`), not a row.
 
     Args:
-        tree: arguments of a layer: hidden states, masks, positions.
+        tree: tensors and anything else in tuples, lists and dictionaries. Tensors of at least two dimensions
+            whose first is `num_rows` are sliced; what broadcasts over the batch is kept as it is.
         rows: which.
-        num_rows: the batch's; a first dimension of 1 broadcasts and is kept.
+        num_rows: of the whole batch; with one row nothing is sliced.
     """
 
-    def take(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != num_rows or num_rows == 1:
-            return leaf
-        return Dual(leaf.stacked[:, rows]) if isinstance(leaf, Dual) else leaf[rows]
+    def take(tensor: Tensor) -> Tensor:
+        return tensor[rows] if tensor.dim() > 1 and tensor.shape[0] == num_rows else tensor
 
-    return tree_map(take, tree)
+    if num_rows == 1:
+        return tree
+    return tree_map_only(Tensor, take, tree)  # type: ignore[no-any-return]
 
 
 def rows_at_a_time(layer: nn.Module, hidden: Tensor, k: int) -> int:
     """How many rows of the batch a layer takes at a time within the byte budget.
-
-    Chunks smaller than the layer's packed weights take when unpacked would save nothing, as those must then
-    stay unpacked from chunk to chunk.
 
     Args:
         hidden: (batch, tokens, hidden).
@@ -49,7 +51,15 @@ def rows_at_a_time(layer: nn.Module, hidden: Tensor, k: int) -> int:
     """
     tokens = hidden.shape[1] if hidden.dim() > 2 else 1
     row_bytes = (1 + k) * tokens * hidden.element_size() * (HIDDEN_STATES * hidden.shape[-1] + _widths(layer))
-    return max(1, max(chunk_bytes(), dense_bytes(layer, hidden.element_size())) // row_bytes)
+    return max(1, layer_budget(layer, hidden) // row_bytes)
+
+
+def layer_budget(layer: nn.Module, hidden: Tensor) -> int:
+    """Bytes of a layer's temporaries: the pass's budget, or what its packed weights take when unpacked.
+
+    Chunks smaller than those would save nothing, as the weights must then stay unpacked from chunk to chunk.
+    """
+    return max(chunk_bytes(), dense_bytes(layer, hidden.element_size()))
 
 
 def chunk_layers(layers: Sequence[nn.Module]) -> None:

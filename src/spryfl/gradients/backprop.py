@@ -1,54 +1,75 @@
 """Reverse mode: the exact gradient, at the price of stored activations.
 
-Checkpointing per layer keeps only each layer's input and runs the layer again on the way back (Chen
-et al. 2016). Only the wanted parameters require gradients, so nothing is stored below the lowest.
+Plain backprop stores every activation. Checkpointing per layer keeps only each layer's input and runs the
+layer again on the way back (Chen et al. 2016). Within a byte budget, a few inputs are kept and the rest are
+computed again by the binomial schedule (Griewank & Walther 2000). Only the wanted parameters require
+gradients, so nothing is stored below the lowest.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
-from spryfl.forward_mode.patching import patched_forwards
+from spryfl.errors import ConfigError
 from spryfl.gradients.estimator import Draw, GradientEstimate, Loss
+from spryfl.gradients.sweep import Sweep
 
-Checkpointing = Literal["none", "per_layer"]
+Checkpointing = Literal["none", "per_layer", "budgeted"]
 
 
 @dataclass(frozen=True)
 class Backprop:
-    """Backpropagation, storing every activation or only each layer's input.
+    """Backpropagation, storing every activation, each layer's input, or as many inputs as a budget holds.
 
     Attributes:
-        layers: finds the model's repeated layers; needed for checkpointing "per_layer".
+        layers: finds the model's layers in the order it calls them; needed for checkpointing. A layer called
+            several times stands there as often; if it does not, "budgeted" is as correct and runs more layers.
+        budget_bytes: for "budgeted": bound on the layer inputs kept at a time. What the layer being run
+            takes comes on top, as with every kind of checkpointing.
+
+    Raises:
+        ConfigError: a budget without "budgeted", or the other way round.
     """
 
     checkpointing: Checkpointing = "none"
     layers: Callable[[nn.Module], Sequence[nn.Module]] = lambda model: ()
+    budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.checkpointing == "budgeted") != (self.budget_bytes is not None):
+            raise ConfigError(
+                f"checkpointing = '{self.checkpointing}' with a budget of {self.budget_bytes}: "
+                "'budgeted' and a budget go together, give both or neither"
+            )
 
     def estimate(
         self, model: nn.Module, loss: Loss, parameters: Sequence[str], draw: Draw, num_examples: int
     ) -> GradientEstimate:
         """See `GradientEstimator.estimate`; `draw` is not called."""
-        layers = self.layers(model) if self.checkpointing == "per_layer" else ()
-        with torch.enable_grad(), _only_requiring_grad(model, parameters) as wanted, checkpointed(layers):
-            value = loss(model)
-            found = torch.autograd.grad(value, wanted, allow_unused=True)
+        value, found = self.loss_and_gradient(model, loss, parameters)
         gradients = {
-            name: torch.zeros(p.shape) if g is None else g.float().cpu()
-            for name, p, g in zip(parameters, wanted, found, strict=True)
+            name: torch.zeros(model.get_parameter(name).shape) if g is None else g.float().cpu()
+            for name, g in zip(parameters, found, strict=True)
         }
-        return GradientEstimate(gradients, float(value.detach()), None, num_examples)
+        return GradientEstimate(gradients, float(value), None, num_examples)
 
+    def loss_and_gradient(
+        self, model: nn.Module, loss: Loss, parameters: Sequence[str]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss and its gradient by each parameter, on the model's device and as precise as it computes.
 
-def checkpointed(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Let each layer keep only its input and recompute the rest during the backward pass."""
-    return patched_forwards(layers, lambda layer, forward: partial(checkpoint, forward, use_reentrant=False))
+        None stands for a parameter that the loss does not depend on.
+        """
+        with torch.enable_grad(), _only_requiring_grad(model, parameters) as wanted:
+            if self.checkpointing != "none":
+                layers = self.layers(model)
+                return Sweep(layers, wanted, self.budget_bytes).run(model, loss)
+            value = loss(model)
+            return value.detach(), list(torch.autograd.grad(value, wanted, allow_unused=True))
 
 
 @contextmanager

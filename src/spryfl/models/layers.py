@@ -14,8 +14,15 @@ def transformer_layers(model: nn.Module) -> list[nn.Module]:
     marked = _outermost(model, GradientCheckpointingLayer)
     found = marked or [layer for layers in _outermost(model, nn.ModuleList) for layer in layers.children()]
     if not found:
-        raise ModelError("checkpointing = 'per_layer': this model has no layers transformers can checkpoint")
+        raise ModelError("this model has no repeated layers known to transformers, as checkpointing and chunks need")
     return found
+
+
+def layer_calls(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers in the order a forward pass calls them: ALBERT calls a few shared ones many times."""
+    layers = transformer_layers(model)
+    num_calls = max(len(layers), getattr(getattr(model, "config", None), "num_hidden_layers", 0))
+    return [layers[i * len(layers) // num_calls] for i in range(num_calls)]
 
 
 def _outermost(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:

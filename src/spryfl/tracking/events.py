@@ -72,6 +72,7 @@ class Summary:
     num_failures: int
     num_refused: int
     run_directory: str
+    checkpoint_budget_bytes: int | None = None
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,29 @@
+"""Sizes in bytes as people write them: 64MiB, 1.5GB, 4096."""
+
+import re
+
+from spryfl.errors import ConfigError
+
+UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+}
+SIZE = re.compile(r"\s*(\d+(?:_\d+)*(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size: a whole number of them, or text such as "64MiB" (2^20) or "1.5GB" (10^9).
+
+    Raises:
+        ConfigError: not a size, or less than one byte.
+    """
+    number_of_bytes = 0
+    if isinstance(size, int) and not isinstance(size, bool):
+        number_of_bytes = size
+    elif isinstance(size, str) and (match := SIZE.fullmatch(size)) and match[2].lower() in UNITS:
+        number_of_bytes = int(float(match[1].replace("_", "")) * UNITS[match[2].lower()])
+    if number_of_bytes < 1:
+        raise ConfigError(f"not a size: {size!r}. Write a number of bytes, or text such as '64MiB' or '1.5GB'")
+    return number_of_bytes
