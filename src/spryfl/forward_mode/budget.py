@@ -1,11 +1,15 @@
 """The byte budget that every chunk size of a pass follows from, and the number of tangents in flight.
 
-Both belong to a pass, not to a model: clients of unequal memory share one frozen model.
+Both belong to a pass, not to a model: clients of unequal memory share one frozen model. So does a dry run,
+which performs alike chunks once: it predicts what a pass takes, and its results mean nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
+
+Part = TypeVar("Part")
 
 DEFAULT_CHUNK_BYTES = 32 * 2**20  # larger chunks were measured no faster (docs/results/memory.md)
 
@@ -16,6 +20,8 @@ FEED_FORWARD_SHARE = 2  # a wide middle, once attention's temporaries are gone
 
 _chunk_bytes: ContextVar[int] = ContextVar("chunk_bytes", default=DEFAULT_CHUNK_BYTES)
 _num_tangents: ContextVar[int] = ContextVar("num_tangents", default=0)
+_dry: ContextVar[bool] = ContextVar("dry", default=False)
+_repeats: ContextVar[int] = ContextVar("repeats", default=1)
 
 
 def chunk_bytes(share: int = ROWS_SHARE) -> int:
@@ -46,3 +52,36 @@ def carrying(num_tangents: int) -> Iterator[None]:
         yield
     finally:
         _num_tangents.reset(token)
+
+
+def each(parts: Iterable[Part]) -> Iterator[Part]:
+    """The parts of work done in chunks; in a dry run the first, one for all in the middle, and the last.
+
+    The second part differs from the first in what the first left standing (outputs, unpacked weights); those
+    after it differ in nothing.
+    """
+    if not _dry.get() or len(parts := list(parts)) <= 3:
+        yield from parts
+        return
+    yield parts[0]
+    token = _repeats.set(_repeats.get() * (len(parts) - 2))
+    try:
+        yield parts[1]
+    finally:
+        _repeats.reset(token)
+    yield parts[-1]
+
+
+def repeats() -> int:
+    """How many times a dry run would do what it is doing now; 1 in a real pass."""
+    return _repeats.get()
+
+
+@contextmanager
+def dry_run() -> Iterator[None]:
+    """Let the passes inside perform alike chunks once; only their memory and their count of operations are right."""
+    token = _dry.set(True)
+    try:
+        yield
+    finally:
+        _dry.reset(token)
