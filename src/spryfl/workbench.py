@@ -25,7 +25,8 @@ from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.adapters import dropout_modules
-from spryfl.models.loading import AdaptedModel, load_model, transformer_layers
+from spryfl.models.layers import transformer_layers
+from spryfl.models.loading import AdaptedModel, load_model
 from spryfl.models.units import HEAD, parameters_of
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {

@@ -12,7 +12,7 @@ from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes
 from spryfl.gradients.forward import ForwardGradient, loss_and_slope
 from spryfl.gradients.zeroth_order import ZerothOrder
-from spryfl.models.loading import transformer_layers
+from spryfl.models.layers import transformer_layers
 
 ESTIMATORS: dict[str, Callable[[], GradientEstimator]] = {
     "forward": ForwardGradient,

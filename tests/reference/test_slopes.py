@@ -6,7 +6,7 @@ import torch
 from families import DECODERS, FAMILIES, autograd_gradient, batch_loss, build, padded_batch, trainable
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.forward import loss_and_slope
-from spryfl.models.loading import transformer_layers
+from spryfl.models.layers import transformer_layers
 
 TOLERANCE = 1e-9
 

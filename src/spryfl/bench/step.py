@@ -24,8 +24,8 @@ from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.memory.meter import ActivationMeter
 from spryfl.models.adapters import add_adapter
+from spryfl.models.layers import transformer_layers
 from spryfl.models.lean_lora import use_lean_lora
-from spryfl.models.loading import transformer_layers
 from spryfl.models.units import parameters_of, trainable_units
 
 Row = dict[str, Any]
