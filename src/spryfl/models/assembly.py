@@ -4,6 +4,7 @@
 in full precision too (as pages of its files); and it knows no layers that stay on disk.
 """
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     register_attention()
     with init_empty_weights(include_buffers=False):
         return AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=trust_remote_code
+            copy.deepcopy(config), dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=trust_remote_code
         )
 
 
@@ -199,6 +200,7 @@ def hollow(places: Sequence[Slot], device: torch.device) -> Iterator[None]:
     """Stand-ins of no memory on the real device, while PEFT puts its layers on: it follows weights to theirs."""
     empty = [(slot, getattr(slot.module, slot.name)) for slot in places]
     for slot, meta in empty:
+        meta.requires_grad_(False)
         zeros = torch.zeros((), dtype=meta.dtype, device=device).expand(meta.shape)
         setattr(slot.module, slot.name, _like(meta, zeros))
     try:

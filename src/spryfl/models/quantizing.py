@@ -93,14 +93,14 @@ def _quantize_all(
     total = sum(tensors.num_bytes(name) for name in tensors.shapes)
     done = 0
     for name in sorted(tensors.shapes, key=natural):
-        for written, tensor in _written(name, tensors.read(name), linear.get(name), kind):
+        for written, tensor in as_written(name, tensors.read(name), linear.get(name), kind):
             writer.add(written, tensor)
         done += tensors.num_bytes(name)
         on_progress(done, total)
 
 
-def _written(name: str, tensor: Tensor, linear: type | None, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """A tensor as it goes into the copy."""
+def as_written(name: str, tensor: Tensor, linear: type | None, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """A tensor as it goes into a quantized folder: packed if it is the weight of a module of class `linear`."""
     if linear is None:
         yield name, tensor
         return

@@ -21,8 +21,8 @@ from spryfl.models.checkpoint import Checkpoint
 
 PAGE_BYTES = 4096
 
-Values = list[Tensor]
-"""A layer's frozen tensors, in the order of its slots."""
+Stored = dict[str, Tensor]
+"""A layer's tensors as they lie in the checkpoint, by name."""
 
 
 class LayerStore:
@@ -41,14 +41,22 @@ class LayerStore:
         self._dtype = dtype
         self._device = device
 
-    def load(self, layer: int) -> Values:
-        """A layer's tensors, in memory. Runs in the prefetching thread."""
-        slots = self.slots[layer]
-        tensors = self._checkpoint.read(name for slot in slots for name in slot.parts.values())
-        values = [slot.value(tensors, self._dtype, self._device) for slot in slots]
+    def fetch(self, layer: int) -> Stored:
+        """A layer's tensors as stored, read from disk. Runs in the prefetching thread, and allocates nothing there:
+        what one thread frees, glibc keeps for that thread.
+        """
+        tensors = self._checkpoint.read(name for slot in self.slots[layer] for name in slot.parts.values())
         for tensor in tensors.values():
             _touch(tensor)
-        return values
+        return tensors
+
+    def put(self, layer: int, stored: Stored) -> None:
+        """Make a layer's tensors its modules', cast and moved where that is needed."""
+        with torch.no_grad():
+            for slot in self.slots[layer]:
+                slot.put(slot.value(stored, self._dtype, self._device))
+                for name in slot.parts.values():
+                    del stored[name]  # a layer that is cast never stands twice
 
 
 class StreamedLayers:
@@ -99,13 +107,14 @@ class StreamedLayers:
             raise ModelError("this streamed model was closed: load it again")
         if self._holders[index] == 0:
             ahead = self._take_prefetch()
-            values = ahead.result() if ahead is not None and ahead.layer == index else None
+            stored = ahead.result() if ahead is not None and ahead.layer == index else None
             del ahead  # a wrong guess goes before the right layer comes
-            self._put(index, self._store.load(index) if values is None else values)
+            self._store.put(index, self._store.fetch(index) if stored is None else stored)
+            del stored
             following = self._following(index)
             self._last = index
             if following is not None and self._holders[following] == 0:
-                self._prefetch = _Prefetch(self._store.load, following)
+                self._prefetch = _Prefetch(self._store.fetch, following)
         self._holders[index] += 1
 
     def _leave(self, index: int) -> None:
@@ -113,11 +122,8 @@ class StreamedLayers:
         if self._holders[index] > 0:
             self._holders[index] -= 1
             if self._holders[index] == 0:
-                self._put(index, self._empty[index])
-
-    def _put(self, index: int, values: Sequence[Tensor]) -> None:
-        for slot, value in zip(self._store.slots[index], values, strict=True):
-            slot.put(value)
+                for slot, empty in zip(self._store.slots[index], self._empty[index], strict=True):
+                    slot.put(empty)
 
     def _following(self, index: int) -> int | None:
         """The layer that will be called next, as far as the last two tell."""
@@ -137,35 +143,34 @@ class StreamedLayers:
 
 
 class _Prefetch:
-    """One layer's load in a thread of its own, which ends with it."""
+    """One layer's read in a thread of its own, which ends with it."""
 
-    def __init__(self, load: Callable[[int], Values], layer: int) -> None:
+    def __init__(self, fetch: Callable[[int], Stored], layer: int) -> None:
         self.layer = layer
-        self._values: Values | None = None
+        self._stored: Stored | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(load,), name=f"spry-prefetch-{layer}")
+        self._thread = threading.Thread(target=self._run, args=(fetch,), name=f"spry-prefetch-{layer}")
         self._thread.start()
 
-    def _run(self, load: Callable[[int], Values]) -> None:
+    def _run(self, fetch: Callable[[int], Stored]) -> None:
         try:
-            with torch.no_grad():
-                self._values = load(self.layer)
+            self._stored = fetch(self.layer)
         except BaseException as error:  # handed to whoever asks for the layer
             self._error = error
 
     def wait(self) -> None:
         self._thread.join()
 
-    def result(self) -> Values | None:
+    def result(self) -> Stored | None:
         """The layer's tensors, given away; None if the thread died without a word.
 
         Raises:
-            BaseException: what the load raised.
+            BaseException: what the read raised.
         """
         if self._error is not None:
             raise self._error
-        values, self._values = self._values, None
-        return values
+        stored, self._stored = self._stored, None
+        return stored
 
 
 def _touch(tensor: Tensor) -> None:
