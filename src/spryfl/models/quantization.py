@@ -64,11 +64,13 @@ def _dense_4bit(module: Any, dtype: torch.dtype) -> Tensor:
         raise ModelError("a 4-bit weight is not in memory: its layer's forward has not been called, or was")
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError("a 4-bit weight was repacked by bitsandbytes' own forward, which this project never calls")
-    computed = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    if state.dtype != computed:
-        state = copy.copy(state)
-        state.dtype = computed  # of the result only; unpacking straight into it saves a copy
-    return bitsandbytes().functional.dequantize_4bit(module.weight.data, state).to(dtype)
+    state, shape = copy.copy(state), state.shape
+    # Unpacking straight into the wanted dtype saves a copy.
+    state.dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    if shape[-1] % state.blocksize:
+        # bitsandbytes 0.50's CPU kernel takes wrong scales where a block runs over the end of a row.
+        state.shape = torch.Size((1, shape.numel()))
+    return bitsandbytes().functional.dequantize_4bit(module.weight.data, state).reshape(shape).to(dtype)
 
 
 def _dense_int8(module: Any, dtype: torch.dtype) -> Tensor:

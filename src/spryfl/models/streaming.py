@@ -128,8 +128,8 @@ class StreamedLayers:
     def _following(self, index: int) -> int | None:
         """The layer that will be called next, as far as the last two tell."""
         step = index - self._last
-        if index == 0 or abs(step) > 1:
-            direction = 1  # a pass begins, or a segment is recomputed
+        if abs(step) > 1 or (step == 0 and index == 0):
+            direction = 1  # a pass begins, or a segment is recomputed from a kept input
         else:
             direction = step or -1  # the same layer again: a backward sweep begins
         following = index + direction
