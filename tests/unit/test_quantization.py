@@ -218,9 +218,7 @@ def test_a_disk_too_small_is_seen_first(tiny_model: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("reported_by", ["system", "safetensors"])
-def test_a_disk_that_fills(
-    reported_by: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills(reported_by: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(tensors: Any, path: Path, **options: Any) -> None:
         path.write_bytes(b"half")
         if reported_by == "system":
@@ -228,7 +226,7 @@ def test_a_disk_that_fills(
         raise shards.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(shards, "save_file", fail)
-    with pytest.raises(ModelError, match="not enough space .* nothing was left behind") as caught:
+    with pytest.raises(ModelError, match=r"not enough space .* nothing was left behind") as caught:
         quantize_checkpoint(ModelConfig(name=str(tiny_model)), tmp_path / "copy", "nf4")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

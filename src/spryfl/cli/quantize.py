@@ -30,7 +30,8 @@ def quantize(
     from spryfl.models.quantizing import quantize_checkpoint
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"quantizing to {precision.value}", total=None)
         quantize_checkpoint(
             ModelConfig(name=model, trust_remote_code=trust_remote_code),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,13 +76,12 @@ def build(
     head = head_modules(base, missing)
     wanted = stored if kind is None else library_config(kind, head)
     outside, inside = prepare(base, tensors, layers, library_config=wanted, kind=kind)
-    fill(checkpoint, outside, dtype, device)
+    # All at once: where pages are mapped twice, the kernel counts them twice.
+    fill(checkpoint, outside if config.streamed else [*outside, *chain(*inside)], dtype, device)
     initialize(base, missing, dtype, device)
     _move_buffers(base, device)
     if config.streamed:
         return BuiltModel(base, head, layers, LayerStore(checkpoint, inside, dtype, device))
-    for places in inside:
-        fill(checkpoint, places, dtype, device)
     return BuiltModel(base, head)
 
 
