@@ -153,11 +153,11 @@ class MemoryMeter:
     def __enter__(self) -> "MemoryMeter":
         self._before = resident_bytes()
         reset_resident_peak()
-        self._activations.__enter__()
+        self._activations.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._activations.__exit__(*error)
+        self._activations.__exit__(*error)  # type: ignore[no-untyped-call]
         tangents = self._activations.tangent_bytes
         self.use = MemoryUse(
             weights=weight_bytes(self._model),
