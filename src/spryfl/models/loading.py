@@ -265,7 +265,6 @@ def skeleton(config: ModelConfig, num_labels: int = 2) -> PreTrainedModel:
     Every parameter is one zero seen through strides of 0, so a model of any size can be built, and run on
     a few tokens, on the smallest machine.
     """
-    register_attention()
     source = find_model(config.name)
     with quietly(), explained(config):
         extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
@@ -281,6 +280,7 @@ def skeleton(config: ModelConfig, num_labels: int = 2) -> PreTrainedModel:
 
 def hollow_model(config: Any) -> PreTrainedModel:
     """A sequence classifier of a transformers configuration, all zeros, in next to no memory."""
+    register_attention()
     config.use_cache = False
     config.pad_token_id = config.pad_token_id or 0
     with torch.device("meta"):
