@@ -32,8 +32,9 @@ from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.memory.allocator import return_large_blocks
 from spryfl.memory.meter import MemoryMeter, resident_peak_bytes
 from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
-from spryfl.models.loading import head_modules, load_model
+from spryfl.models.loading import load_model
 from spryfl.models.shapes import shape_config
 from spryfl.models.units import HEAD, Unit, trainable_units
 

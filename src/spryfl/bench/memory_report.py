@@ -82,7 +82,6 @@ def plot_growth(rows: Sequence[Row], path: Path) -> None:
     if not grown:
         return
     figure = Figure(figsize=(11, 4), layout="constrained")
-    up = "activation peak (MB)"
     by_tokens, by_layers = figure.subplots(1, 2)
     styles = {"forward": "-", "backprop_checkpointed": "--"}
     layers, tokens = sorted({r["layers"] for r in grown}), sorted({r["tokens"] for r in grown})
