@@ -21,7 +21,7 @@ from spryfl.models.units import parameters_of
 
 Row = dict[str, Any]
 MODEL = "builtin:smollm2"
-NUM_BATCHES, BATCH, TOKENS, K = 4, 8, 64, 8
+NUM_BATCHES, BATCH, TOKENS, K = 2, 8, 64, 8
 SETTINGS = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
