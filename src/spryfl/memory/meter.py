@@ -68,6 +68,8 @@ class ActivationMeter(TorchDispatchMode):
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 continue
+            while torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+                leaf = torch._C._functorch.get_unwrapped(leaf)  # noqa: PLW2901  # torch.func's own wrappers
             storage = leaf.untyped_storage()
             address = storage._cdata
             if address in self._known:
