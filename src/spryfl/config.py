@@ -52,6 +52,10 @@ class ModelConfig(Part):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one")
     trust_remote_code: bool = Field(False, description="run code from the hub repository")
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="pack the frozen linear maps while loading; a model stored packed stays so by itself"
+    )
+    streamed: bool = Field(False, description="leave the layers on disk and pass them through memory one by one")
 
 
 class AdapterConfig(Part):

@@ -107,7 +107,7 @@ class Workbench:
         if budget < least:
             raise ConfigError(
                 f"method.budget = {budget:,} bytes: one layer's input takes {least:,} bytes for a batch of client "
-                f"{client}, {tokens:,} tokens; raise it to that at least, or lower local.batch_size or data.max_tokens"
+                f"{client}, {tokens:,} tokens; raise it to that, or lower local.batch_size or data.max_tokens"
             )
 
     @cached_property

@@ -10,19 +10,18 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from families import DECODERS, FAMILIES
 from spryfl.config import AdapterConfig
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
-from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run, each, repeats
+from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of
 from spryfl.gradients.backprop import Backprop
-from spryfl.gradients.forward import ForwardGradient
-from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator
+from spryfl.gradients.forward import ForwardGradient
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import PassCost
 from spryfl.models.adapters import adapter_config, add_adapter
-from spryfl.models.dry_run import DryRun, PackedLinear, Work, pack, shallower
+from spryfl.models.dry_run import DryRun, PackedLinear, Work, pack
+from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.lean import make_lean
-from spryfl.models.loading import head_modules
 from spryfl.models.units import parameters_of, trainable_units
 
 BATCH, TOKENS, LAYERS = 4, 48, 5

@@ -1,17 +1,13 @@
 """`spry bench`: measurements anyone can repeat."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 bench = typer.Typer(help="Measure, on this machine, what the project claims.", no_args_is_help=True)
-
-
-@bench.callback()
-def _group() -> None:
-    """Keeps `step` a named command while it is the only one."""
 
 
 @bench.command("step")
@@ -33,4 +29,36 @@ def step(
         out.mkdir(parents=True, exist_ok=True)
         (out / "step.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         (out / "step.md").write_text(table, encoding="utf-8")
+    print(json.dumps(rows, indent=2) if as_json else table)
+
+
+@bench.command("memory")
+def memory(
+    work: Annotated[list[str] | None, typer.Option(help="Only these works; --work list names them.")] = None,
+    estimator: Annotated[list[str] | None, typer.Option(help="Only these estimators.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where memory.{json,md,png} go, and what a stopped run goes on from.")
+    ] = Path("runs/bench-memory"),
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Random checkpoints: 11 GB for all works.")] = None,
+) -> None:
+    """Activation peak, resident peak and seconds of a step: every estimator on models up to 13B. Takes hours."""
+    from spryfl.bench.memory import NAMES, default_cache, run_works
+    from spryfl.bench.memory_report import as_markdown, plot_growth
+
+    if work == ["list"]:
+        print("\n".join(NAMES))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    rows = run_works(
+        work or NAMES,
+        estimator or [],
+        out / "memory.partial.jsonl",
+        cache or default_cache(),
+        lambda text: print(f"measuring {text}", file=sys.stderr, flush=True),
+    )
+    table = as_markdown(rows)
+    (out / "memory.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (out / "memory.md").write_text(table, encoding="utf-8")
+    plot_growth(rows, out / "memory-growth.png")
     print(json.dumps(rows, indent=2) if as_json else table)

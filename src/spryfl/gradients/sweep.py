@@ -235,7 +235,8 @@ class Sweep:
 
             return run
 
-        with patched_forwards([call.layer], lambda _, forward: there_and_back(forward)), staged():
+        in_chunks = rows_at_once(call, hidden) < gradient.shape[0]
+        with patched_forwards([call.layer], lambda _, forward: there_and_back(forward)), staged(in_chunks):
             call.again(hidden)
 
 

@@ -6,8 +6,7 @@ could go out of step with the code. Layers repeat: two shallow models tell what 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -24,9 +23,10 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import PassCost
 from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls, transformer_layers
 from spryfl.models.lean import make_lean
-from spryfl.models.loading import head_modules, hollow_model
+from spryfl.models.loading import hollow_model
 from spryfl.models.units import parameters_of, trainable_units
 
 SHALLOW = (2, 3)

@@ -4,14 +4,16 @@ Weights come as safetensors (or a verified GGUF file), never as pickle, and no c
 runs unless the user asks for it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -20,14 +22,20 @@ from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.assembly import hollow
+from spryfl.models.building import BuiltModel, build, quantize_in_place
 from spryfl.models.builtin import PREFIX, locate
+from spryfl.models.checkpoint import Checkpoint
+from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
+from spryfl.models.quantization import dense_weights
 from spryfl.models.shapes import PREFIX as SHAPE_PREFIX
 from spryfl.models.shapes import shape_config
+from spryfl.models.streaming import StreamedLayers
 from spryfl.models.units import Unit, trainable_units
 
-# A classification head by the names transformers gives it. A head is also whatever the checkpoint lacks.
-HEAD_NAMES = ("classifier", "score", "pre_classifier")
+FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+"""Of a hub model that is quantized or streamed."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,14 @@ class AdaptedModel:
         tokenizer: with a padding token.
         units: what the server assigns, from the lowest layer up.
         dtype: what the base model computes in.
+        streamed: the layers whose weights stay on disk; None if all are in memory.
     """
 
     model: PeftModel
     tokenizer: Any
     units: tuple[Unit, ...]
     dtype: torch.dtype
+    streamed: StreamedLayers | None = None
 
     @property
     def num_trainable(self) -> int:
@@ -97,46 +107,76 @@ def load_model(
     source = find_model(config.name)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, low_precision)
-    with _seeded(seed), _quietly(), _explained(config):
+    with _seeded(seed), quietly(), explained(config):
         options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         if source.gguf_file:
             options["gguf_file"] = source.gguf_file
-        else:
-            options["use_safetensors"] = True
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, **{k: v for k, v in options.items() if k != "use_safetensors"}
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+        built = _base_model(config, source, num_labels, dtype, device)
+        _prepare(built.base, tokenizer)
+        built.base.name_or_path = source.published
+        with hollow(built.streamed_slots, device):
+            model = add_adapter(built.base, adapter_config(adapter, built.base, built.head))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device, dtype)  # beside packed weights PEFT makes float32
+    model.eval()
+    make_lean(model, dense_weights())
+    streamed = StreamedLayers(built.layers, built.store) if built.store else None
+    return AdaptedModel(model, tokenizer, trainable_units(model), dtype, streamed)
+
+
+def _base_model(
+    config: ModelConfig, source: Source, num_labels: int, dtype: torch.dtype, device: torch.device
+) -> BuiltModel:
+    """The frozen model: as transformers loads it, or built empty if it is quantized or streamed."""
+    if source.gguf_file:
+        if config.streamed:
+            raise ModelError(
+                f"model.streamed: {config.name} is a GGUF file, whose weights cannot be used as they lie there; "
+                f"convert it first: spry quantize {config.name} OUT_DIR, or model.save_pretrained(OUT_DIR)"
+            )
+        built = _whole(config, source, num_labels, dtype)
+        if config.quantization != "none":
+            quantize_in_place(built.base, config.quantization, built.head)
+        built.base.to(device)
+        return built
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    loaded = AutoConfig.from_pretrained(source.location, num_labels=num_labels, **options)
+    quantized = config.quantization != "none" or getattr(loaded, "quantization_config", None) is not None
+    if quantized or config.streamed:
+        return build(config, Checkpoint.open(local_folder(config, source)), loaded, dtype, device)
+    folder = Path(source.location)
+    if any(folder.glob("*.safetensors")):
+        Checkpoint.open(folder)  # names the file if one is corrupt
+    built = _whole(config, source, num_labels, dtype)
+    built.base.to(device)
+    return built
+
+
+def _whole(config: ModelConfig, source: Source, num_labels: int, dtype: torch.dtype) -> BuiltModel:
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options |= {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
+    base, info = AutoModelForSequenceClassification.from_pretrained(
+        source.location,
+        num_labels=num_labels,
+        dtype=dtype,
+        attn_implementation=ATTENTION_NAME,
+        output_loading_info=True,
+        **options,
+    )
+    return BuiltModel(base, head_modules(base, info["missing_keys"]))
+
+
+def local_folder(config: ModelConfig, source: Source) -> Path:
+    """The folder of a model's files; those of a hub model are fetched."""
+    if Path(source.location).is_dir():
+        return Path(source.location)
+    return Path(
+        snapshot_download(
+            source.location, revision=config.revision, allow_patterns=list(FETCHED), ignore_patterns=["*/*"]
         )
-        base, info = AutoModelForSequenceClassification.from_pretrained(
-            source.location,
-            num_labels=num_labels,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-            **options,
-        )
-        _prepare(base, tokenizer)
-        base.name_or_path = source.published
-        head = head_modules(base, info["missing_keys"])
-        model = add_adapter(base, adapter_config(adapter, base, head))
-    model.eval().to(device)
-    make_lean(model)
-    return AdaptedModel(model, tokenizer, trainable_units(model), dtype)
-
-
-def head_modules(base: nn.Module, missing: Sequence[str]) -> list[str]:
-    """Top-level modules to train in full: the known heads, and all that the checkpoint did not hold.
-
-    A module the checkpoint lacks has random values that no one else can reproduce, so it must be
-    trained and saved with the adapter (DistilBERT's pre_classifier, a missing pooler).
-    """
-    names = [name for name in HEAD_NAMES if hasattr(base, name)]
-    for key in sorted(missing):
-        parts = key.split(".")
-        # model.score.weight -> score; bert.pooler.dense.weight -> pooler
-        module = parts[0] if parts[0] in names or len(parts) < 3 else parts[1]
-        if module not in names and parts[0] not in names:
-            names.append(module)
-    return names
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -181,7 +221,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No progress bars and load reports: a head missing from the checkpoint is expected here."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -196,10 +236,14 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(config: ModelConfig) -> Iterator[None]:
+def explained(config: ModelConfig) -> Iterator[None]:
     """Turn what the libraries raise for a wrong name, no network or unsafe files into one clear line."""
     try:
         yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"model.name = '{config.name}': a weights file is corrupt or truncated ({error}): fetch it again"
+        ) from error
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
@@ -231,7 +275,7 @@ def read_config(config: ModelConfig, num_labels: int = 2) -> Any:
     if config.name.startswith(SHAPE_PREFIX):
         return shape_config(config.name, num_labels)
     source = find_model(config.name)
-    with _quietly(), _explained(config):
+    with quietly(), explained(config):
         extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
         return AutoConfig.from_pretrained(
             source.location,

@@ -1,0 +1,141 @@
+"""`spry bench memory`: what a step takes in memory and time, for every estimator on every work.
+
+Each case runs in a process of its own (`bench.measure`). What was measured is kept line by line, so a stopped
+run goes on where it was.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from spryfl.bench.works import WORKS, Case, Work
+from spryfl.errors import SpryError
+
+Row = dict[str, Any]
+Progress = Callable[[str], None]
+GROWTH = "growth"
+TRUTH = "truth"
+NAMES = (*WORKS, GROWTH, TRUTH)
+TIMEOUT_SECONDS = 3600
+
+
+def run_works(
+    names: Sequence[str], estimators: Sequence[str], partial: Path, cache: Path, say: Progress = lambda text: None
+) -> list[Row]:
+    """Measure works, or go on with what a stopped run left in `partial`.
+
+    Args:
+        names: of `NAMES`.
+        estimators: only these; none given means all.
+        partial: a file of JSON lines, one for each measurement.
+        cache: where checkpoints of random weights are kept: 4 GB for 7B, 7 GB for 13B.
+        say: told what is measured next.
+
+    Returns:
+        One row a case, its seconds the median over the work's repeats; a case that failed has `error`.
+
+    Raises:
+        SpryError: an unknown name.
+    """
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise SpryError(f"no such work: {', '.join(unknown)}. There are: {', '.join(NAMES)}")
+    found = _read(partial)
+    for key, arguments in _todo(names, estimators):
+        if key in found:
+            continue
+        say(key)
+        found[key] = _in_own_process(arguments, cache)
+        with partial.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"key": key, "rows": found[key]}) + "\n")
+    wanted = {key for key, _ in _todo(names, estimators)}
+    return _merged([rows for key, rows in found.items() if key in wanted])
+
+
+def _todo(names: Sequence[str], estimators: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Every measurement in its order: (key, arguments of its process)."""
+    for name in names:
+        if name in (GROWTH, TRUTH):
+            yield name, [name, "0"]
+            continue
+        work = WORKS[name]
+        for repeat in range(work.repeats):
+            for number, case in enumerate(work.cases):
+                if not estimators or case.estimator in estimators:
+                    yield f"{name} {repeat + 1} {_case_name(case)}", [name, str(number)]
+
+
+def _case_name(case: Case) -> str:
+    return f"{case.estimator} k={case.k} units={case.units}"
+
+
+def _in_own_process(arguments: Sequence[str], cache: Path) -> list[Row]:
+    command = [sys.executable, "-m", "spryfl.bench.measure", *arguments, str(cache)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return [_failed(arguments, f"took longer than {TIMEOUT_SECONDS} s")]
+    if done.returncode != 0:
+        killed = "killed, most likely for want of memory" if done.returncode < 0 else ""
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return [_failed(arguments, killed or last)]
+    rows: list[Row] = json.loads(done.stdout.strip().splitlines()[-1])
+    return rows
+
+
+def _failed(arguments: Sequence[str], why: str) -> Row:
+    """A row that says that it was tried, and what came of it."""
+    name, number = arguments
+    if name in (GROWTH, TRUTH):
+        return {"work": name, "error": why}
+    work: Work = WORKS[name]
+    case = work.cases[int(number)]
+    return {
+        "work": name,
+        "model": work.shape,
+        "estimator": case.estimator,
+        "precision": work.precision,
+        "streamed": work.streamed,
+        "batch": work.batch,
+        "tokens": work.tokens,
+        "k": case.k,
+        "units": case.units,
+        "error": why,
+    }
+
+
+def _read(partial: Path) -> dict[str, list[Row]]:
+    if not partial.is_file():
+        return {}
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave a torn last line
+    return {entry["key"]: entry["rows"] for entry in whole}
+
+
+def _merged(measured: Sequence[Sequence[Row]]) -> list[Row]:
+    """Repeats of a case as one row: the median of its seconds, the most of its bytes."""
+    by_case: dict[tuple[Any, ...], list[Row]] = {}
+    for row in (row for rows in measured for row in rows):
+        what = ("work", "estimator", "precision", "layers", "tokens", "k", "units", "against")
+        by_case.setdefault(tuple(row.get(key) for key in what), []).append(row)
+    merged = []
+    for rows in by_case.values():
+        row = dict(rows[0])
+        for key in row:
+            if key.endswith("_peak_bytes"):
+                row[key] = max(r[key] for r in rows)
+        if "seconds_per_step" in row:
+            row["seconds_per_step"] = median(r["seconds_per_step"] for r in rows)
+            row["repeats"] = len(rows)
+        merged.append(row)
+    return merged
+
+
+def default_cache() -> Path:
+    """Where random checkpoints lie, as other programs' caches do."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "spryfl" / "bench"

@@ -1,0 +1,78 @@
+"""The works of `spry bench memory`: an explicit table."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["float32", "bfloat16", "nf4", "int8"]
+Units = Literal["all", "one"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One estimator on a work.
+
+    Attributes:
+        k: tangents, or directions.
+        units: all of them and the head, or one and the head: Spry's assignment where the cohort is at least
+            as large as the number of units. Its figures are means over units spread evenly over the layers.
+    """
+
+    estimator: str
+    k: int = 1
+    units: Units = "all"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and a batch on which cases are measured, each in a process of its own.
+
+    Attributes:
+        shape: of `models.shapes`.
+        layers: instead of the shape's own.
+        cases: in the order they are measured.
+        repeats: rounds over the cases; the seconds are medians over rounds, so that a noisy neighbour slows all
+            cases alike.
+    """
+
+    name: str
+    shape: str
+    precision: Precision
+    streamed: bool
+    batch: int
+    tokens: int
+    cases: tuple[Case, ...]
+    repeats: int = 1
+    layers: int | None = None
+
+
+EVERY = tuple(
+    Case(name)
+    for name in (
+        "inference",
+        "forward",
+        "func_jvp",
+        "zeroth_order",
+        "backprop",
+        "backprop_checkpointed",
+        "backprop_budgeted",
+    )
+)
+SPRY = (Case("forward", k=8), Case("forward", units="one"))
+
+WORKS: dict[str, Work] = {
+    work.name: work
+    for work in (
+        Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), repeats=3),
+        Work("llama2-7b", "llama2-7b", "nf4", False, 8, 64, (*EVERY, *SPRY)),
+        Work("llama2-7b-streamed", "llama2-7b", "nf4", True, 8, 64, EVERY),
+        Work("opt-13b-streamed", "opt-13b", "nf4", True, 4, 64, EVERY),
+        Work("opt-13b", "opt-13b", "nf4", False, 4, 384, EVERY),
+        Work("llama2-7b-long", "llama2-7b", "nf4", False, 8, 384, EVERY),
+    )
+}
+
+GROWTH_SHAPE = "bert-narrow"
+GROWTH_LAYERS = (6, 12, 24, 48)
+GROWTH_TOKENS = (128, 256, 512, 1024, 2048)
+GROWTH_BATCH = 8
+GROWTH_CASES = (Case("forward"), Case("backprop_checkpointed"))

@@ -1,0 +1,250 @@
+"""Layers on disk: the same numbers as in memory, two layers at a time, no thread left behind."""
+
+import gc
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from families import FAMILIES, padded_batch
+from packed import open_model, save_family
+from spryfl.config import ModelConfig
+from spryfl.errors import ModelError
+from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.forward import loss_and_slopes
+from spryfl.models.layers import layer_calls, transformer_layers
+from spryfl.models.loading import AdaptedModel
+from spryfl.models.quantizing import quantize_checkpoint
+
+STREAMABLE = [family for family in FAMILIES if family != "albert"]
+
+
+def _stored(family: str, precision: str, folder: Path, tokenizer: Path) -> Path:
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    source = save_family(family, folder / "source", tokenizer, dtype, shard="20KB")
+    if precision in ("float32", "bfloat16"):
+        return source
+    quantize_checkpoint(ModelConfig(name=str(source)), folder / "copy", precision)
+    return folder / "copy"
+
+
+def _logits(loaded: AdaptedModel) -> Tensor:
+    batch = {k: v for k, v in padded_batch().items() if k != "labels"}
+    with torch.inference_mode():
+        return loaded.model(**batch).logits
+
+
+def _resident(loaded: AdaptedModel) -> list[int]:
+    """The layers with weights in memory."""
+    layers = transformer_layers(loaded.model)
+    return [i for i, layer in enumerate(layers) if all(p.device.type != "meta" for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "nf4", "int8"])
+@pytest.mark.parametrize("family", STREAMABLE)
+def test_the_same_numbers(family: str, precision: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = _stored(family, precision, tmp_path, tiny_model)
+    whole, streamed = open_model(folder), open_model(folder, streamed=True)
+    assert whole.units == streamed.units
+    for unit in whole.units:
+        for name in unit.parameters:
+            value = streamed.model.get_parameter(name)
+            assert value.device.type == "cpu"
+            assert torch.equal(whole.model.get_parameter(name), value)
+    assert streamed.num_trainable == whole.num_trainable
+    assert _resident(streamed) == []
+    for _ in range(2):
+        assert torch.equal(_logits(whole), _logits(streamed))
+        assert _resident(streamed) == []
+
+
+def test_the_same_slopes_and_gradients(tiny_model: Path, tmp_path: Path) -> None:
+    """Forward mode with two tangents, and both sweeps of backprop: bitwise those of the resident model."""
+    folder = save_family("llama", tmp_path, tiny_model)
+    models = open_model(folder), open_model(folder, streamed=True)
+    batch = padded_batch()
+    found = []
+    for loaded in models:
+        names = [name for unit in loaded.units for name in unit.parameters]
+        generator = torch.Generator().manual_seed(5)
+        tangents = {n: torch.randn(2, *loaded.model.get_parameter(n).shape, generator=generator) for n in names}
+
+        def loss(model: torch.nn.Module) -> Tensor:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            return torch.nn.functional.cross_entropy(logits, batch["labels"])
+
+        value, slopes = loss_and_slopes(loaded.model, loss, tangents)
+        sweeps = [
+            Backprop(kind, layer_calls, budget).loss_and_gradient(loaded.model, loss, names)[1]
+            for kind, budget in (("per_layer", None), ("budgeted", 10**5))
+        ]
+        found.append([torch.tensor(value), slopes, *sweeps[0], *sweeps[1]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_backward_sweep(tiny_model: Path, tmp_path: Path) -> None:
+    """Each layer is held from its recomputation to its backward pass, in descending order."""
+    folder = save_family("llama", tmp_path, tiny_model)
+    gradients = []
+    for settings in ({}, {"streamed": True}):
+        loaded = open_model(folder, **settings)
+        layers = transformer_layers(loaded.model)
+        inputs: dict[int, Tensor] = {}
+        extra: dict[str, Any] = {}
+
+        def keep(index: int, args: Any, kwargs: Any) -> None:
+            inputs[index] = args[0]  # noqa: B023
+            extra.update(kwargs)  # noqa: B023
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, a, k, i=i: keep(i, a, k), with_kwargs=True)
+            for i, layer in enumerate(layers)
+        ]
+        with torch.no_grad():
+            loaded.model(input_ids=padded_batch()["input_ids"])
+        for hook in hooks:
+            hook.remove()
+        upstream = torch.ones_like(inputs[0])
+        found = []
+        for index in reversed(range(len(layers))):
+            parameters = [p for p in layers[index].parameters() if p.requires_grad]
+            x = inputs[index].detach().requires_grad_()
+
+            def backward() -> tuple[Tensor, ...]:
+                output = layers[index](x, **extra)  # noqa: B023
+                return torch.autograd.grad(output, [x, *parameters], upstream)  # noqa: B023
+
+            if loaded.streamed is None:
+                upstream, *own = backward()
+            else:
+                with loaded.streamed.resident(layers[index]):
+                    upstream, *own = backward()
+                    assert index in _resident(loaded)
+                assert index not in _resident(loaded)
+            found += own
+        gradients.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.fixture
+def streamed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdaptedModel:
+    monkeypatch.setitem(FAMILIES, "llama", lambda: _deeper(5))
+    return open_model(save_family("llama", tmp_path, tiny_model), streamed=True)
+
+
+_LLAMA = FAMILIES["llama"]
+
+
+def _deeper(num_layers: int) -> Any:
+    config = _LLAMA()
+    config.num_hidden_layers = num_layers
+    return config
+
+
+def _fetched(streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills up with the layers that are read, in order."""
+    store: Any = streamed.streamed._store  # type: ignore[union-attr]
+    fetch, order = store.fetch, []
+    monkeypatch.setattr(store, "fetch", lambda index: (order.append(index), fetch(index))[1])
+    return order
+
+
+def test_each_layer_is_read_once_a_pass(streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = _fetched(streamed, monkeypatch)
+    _logits(streamed)
+    _logits(streamed)
+    assert order == [0, 1, 2, 3, 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("calls", "read"),
+    [
+        ([0, 1, 2, 3, 4, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]),  # a pass and a sweep back
+        ([0, 1, 2, 3, 4, 2, 3, 4, 4, 3, 2, 0], None),  # recomputed from a kept input
+        ([3, 0, 4, 2], None),
+    ],
+)
+def test_any_order_of_calls(
+    calls: list[int], read: list[int] | None, streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = _fetched(streamed, monkeypatch)
+    layers = transformer_layers(streamed.model)
+    for index in calls:
+        with streamed.streamed.resident(layers[index]):  # type: ignore[union-attr]
+            assert _resident(streamed) == [index]
+    streamed.streamed.close()  # type: ignore[union-attr]
+    assert read is None or order == read
+
+
+def test_what_goes_wrong_while_prefetching(streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the thread met is what the caller sees; afterwards the model works again."""
+    expected = _logits(streamed)
+    store: Any = streamed.streamed._store  # type: ignore[union-attr]
+    fetch = store.fetch
+
+    def fail(index: int) -> Any:
+        if index == 2:
+            raise OSError(5, "the disk is gone")
+        return fetch(index)
+
+    monkeypatch.setattr(store, "fetch", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        _logits(streamed)
+    assert _resident(streamed) == []
+    monkeypatch.setattr(store, "fetch", fetch)
+    assert torch.equal(_logits(streamed), expected)
+
+
+def test_a_file_that_is_cut_short_under_way(streamed: AdaptedModel, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()  # a mapping keeps the old file
+    path.write_bytes(content[:-100])
+    with pytest.raises(ModelError, match=r"model.safetensors: corrupt or truncated"):
+        _logits(streamed)
+
+
+def test_a_layer_that_raises_is_dropped(streamed: AdaptedModel) -> None:
+    layers = transformer_layers(streamed.model)
+    layers[1].mlp.forward = lambda x: 1 / 0  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError):
+        _logits(streamed)
+    assert _resident(streamed) == []
+
+
+def test_no_thread_is_left(streamed: AdaptedModel) -> None:
+    def prefetching() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("spry-prefetch")]
+
+    _logits(streamed)
+    assert prefetching() == []  # nothing to fetch after the last layer
+    with streamed.streamed.resident(transformer_layers(streamed.model)[0]):  # type: ignore[union-attr]
+        pass
+    streamed.streamed.close()  # type: ignore[union-attr]
+    assert prefetching() == []
+    with pytest.raises(ModelError, match="closed"):
+        _logits(streamed)
+
+
+def test_a_dropped_model_goes(tiny_model: Path, tmp_path: Path) -> None:
+    loaded = open_model(save_family("llama", tmp_path, tiny_model), streamed=True)
+    _logits(loaded)
+    alive = weakref.ref(loaded.model)
+    del loaded
+    gc.collect()
+    assert alive() is None
+
+
+def test_shared_layers_are_not_streamed(tiny_model: Path, tmp_path: Path) -> None:
+    folder = save_family("albert", tmp_path, tiny_model)
+    with pytest.raises(ModelError, match=r"shares 1 set of weights among its 2 layers"):
+        open_model(folder, streamed=True)
+
+
+def test_what_is_not_packed_on_disk_is_not_streamed_packed(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"spry quantize .* --precision nf4"):
+        open_model(tiny_model, streamed=True, quantization="nf4")
