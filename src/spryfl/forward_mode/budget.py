@@ -1,7 +1,7 @@
 """The byte budget that every chunk size of a pass follows from, and the number of tangents in flight.
 
 Both belong to a pass, not to a model: clients of unequal memory share one frozen model. So does a dry run,
-which performs alike chunks once: it predicts what a pass takes, and its results mean nothing.
+which leaves out chunks that are like others: it tells what a pass takes, and its results mean nothing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,6 @@ FEED_FORWARD_SHARE = 2  # a wide middle, once attention's temporaries are gone
 _chunk_bytes: ContextVar[int] = ContextVar("chunk_bytes", default=DEFAULT_CHUNK_BYTES)
 _num_tangents: ContextVar[int] = ContextVar("num_tangents", default=0)
 _dry: ContextVar[bool] = ContextVar("dry", default=False)
-_repeats: ContextVar[int] = ContextVar("repeats", default=1)
 
 
 def chunk_bytes(share: int = ROWS_SHARE) -> int:
@@ -54,32 +53,26 @@ def carrying(num_tangents: int) -> Iterator[None]:
         _num_tangents.reset(token)
 
 
-def each(parts: Iterable[Part]) -> Iterator[Part]:
-    """The parts of work done in chunks; in a dry run the first, one for all in the middle, and the last.
+def each(parts: Iterable[Part]) -> Iterable[Part]:
+    """The parts of work done in chunks; in a dry run, of many only the first two and the last.
 
     The second part differs from the first in what the first left standing (outputs, unpacked weights); those
-    after it differ in nothing.
+    between it and the last differ in nothing.
     """
-    if not _dry.get() or len(parts := list(parts)) <= 3:
-        yield from parts
-        return
-    yield parts[0]
-    token = _repeats.set(_repeats.get() * (len(parts) - 2))
-    try:
-        yield parts[1]
-    finally:
-        _repeats.reset(token)
-    yield parts[-1]
+    if not is_dry():
+        return parts
+    known = list(parts)
+    return known if len(known) <= 3 else [*known[:2], known[-1]]
 
 
-def repeats() -> int:
-    """How many times a dry run would do what it is doing now; 1 in a real pass."""
-    return _repeats.get()
+def is_dry() -> bool:
+    """Whether this is a dry run, whose tensors hold no data to ask questions of."""
+    return _dry.get()
 
 
 @contextmanager
 def dry_run() -> Iterator[None]:
-    """Let the passes inside perform alike chunks once; only their memory and their count of operations are right."""
+    """Let the passes inside leave out chunks that are like others; of what they do, only the memory is right."""
     token = _dry.set(True)
     try:
         yield
