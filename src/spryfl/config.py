@@ -163,6 +163,14 @@ class RuntimeConfig(Part):
     num_threads: Positive | None = Field(None, description="of each process; PyTorch's choice by default")
 
 
+class ClientsConfig(Part):
+    """What clients' machines can hold."""
+
+    memory: tuple[Size, ...] = Field(
+        (), description="budgets such as ['700MiB', '2GiB'], dealt to clients in turn; none by default"
+    )
+
+
 class CompareConfig(Part):
     """One more run beside the main one, equal but for what `set` overrides."""
 
@@ -180,6 +188,7 @@ class RunConfig(Part):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
+    clients: ClientsConfig = ClientsConfig()
     method: MethodConfig = MethodConfig()
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -15,8 +15,9 @@ from spryfl.errors import SpryError
 from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
 from spryfl.federated.messages import ClientTask, ClientUpdate
 from spryfl.federated.method import Pace
+from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.directions import DirectionStream, Distribution
-from spryfl.gradients.estimator import GradientEstimator, Loss
+from spryfl.gradients.estimator import GradientEstimator, Loss, with_tangents
 
 BatchT = TypeVar("BatchT")
 
@@ -80,9 +81,10 @@ class Client(Generic[BatchT]):
         optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
         losses, slopes, num_seen, gradients = [], [], 0, {}
         random = torch.random.fork_rng(devices=self._accelerators())
-        with loaded(self.model, task.values), in_training(self.dropout), random:
+        estimator, chunks = self._settled(task)
+        with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
             for step, rows in enumerate(self._batches(task)):
-                estimate = self.estimator.estimate(
+                estimate = estimator.estimate(
                     self.model,
                     self._loss(task, step, rows),
                     task.parameters,
@@ -106,6 +108,12 @@ class Client(Generic[BatchT]):
             slopes=torch.stack(slopes) if task.upload == "slopes" else None,
             seconds=time.perf_counter() - started,
         )
+
+    def _settled(self, task: ClientTask) -> tuple[GradientEstimator, AbstractContextManager[None]]:
+        """The estimator, and the chunks, that the task's settings ask for."""
+        if task.settings is None:
+            return self.estimator, nullcontext()
+        return with_tangents(self.estimator, task.settings.num_tangents), chunks_of(task.settings.chunk_bytes)
 
     def _batches(self, task: ClientTask) -> Iterator[np.ndarray]:
         """Row numbers of each local step's batch: shuffled anew each round and epoch, from the seed."""

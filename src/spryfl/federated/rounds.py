@@ -12,7 +12,8 @@ from torch import Tensor
 
 from spryfl.errors import SpryError, UpdateRefusedError
 from spryfl.federated.aggregation import Contribution, weighted_mean
-from spryfl.federated.assignment import assign_units
+from spryfl.federated.assignment import assign_held, assign_units
+from spryfl.federated.capacity import Capacity, ClientSettings
 from spryfl.federated.client import LocalTraining
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
 from spryfl.federated.method import Assignment, Upload
@@ -45,6 +46,7 @@ class Federation:
         units: unit name -> its parameters, from the lowest layer up.
         shared: units every client of the cohort trains (the head, by default).
         rotate: start the cycle of units one further each round; the released code always starts at 0.
+        capacity: what clients can hold, where their memory differs.
     """
 
     seed: int
@@ -57,6 +59,7 @@ class Federation:
     upload: Upload
     training: LocalTraining
     server: ServerUpdate
+    capacity: Capacity | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class RoundReport:
         failures: clients that returned nothing.
         refused: clients whose update failed validation, and why.
         untrained: units nobody trained; they stay as they were.
+        unheld: those of them that no client of the cohort has the memory for.
+        settings: by client, where their memory differs.
         seconds: wall-clock time; client_seconds: the clients' computing time, added up.
     """
 
@@ -83,6 +88,8 @@ class RoundReport:
     failures: tuple[ClientFailure, ...]
     refused: tuple[ClientFailure, ...]
     untrained: tuple[str, ...]
+    unheld: tuple[str, ...] = ()
+    settings: dict[int, ClientSettings] = field(default_factory=dict)
 
 
 def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -> tuple[FederatedState, RoundReport]:
@@ -97,7 +104,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     # 1. Sample the cohort and assign units to its clients.
     cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
     start = state.round if federation.rotate else 0
-    assigned = assign_units(federation.assignment, list(federation.units), cohort, start, federation.shared)
+    assigned, unheld = _assign(federation, cohort, start)
 
     # 2. Send each client the present values, its units' names and the seed.
     tasks = {client: _task(state, federation, client, units) for client, units in assigned.items()}
@@ -130,6 +137,8 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         failures=tuple(failures),
         refused=tuple(refused),
         untrained=tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters)),
+        unheld=unheld,
+        settings={client: task.settings for client, task in tasks.items() if task.settings is not None},
     )
     return replace(state, round=round, values=values, moments=moments), report
 
@@ -157,6 +166,16 @@ def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federati
     return {name: update.tensors[name] - value for name, value in old.items()}
 
 
+def _assign(
+    federation: Federation, cohort: Sequence[int], start: int
+) -> tuple[dict[int, tuple[str, ...]], tuple[str, ...]]:
+    """Each client's units, and those that nobody in the cohort can hold."""
+    kind, units, shared = federation.assignment, list(federation.units), federation.shared
+    if federation.capacity is None:
+        return assign_units(kind, units, cohort, start, shared), ()
+    return assign_held(kind, units, cohort, start, shared, federation.capacity.holds)
+
+
 def _task(state: FederatedState, federation: Federation, client: int, units: Sequence[str]) -> ClientTask:
     return ClientTask(
         round=state.round + 1,
@@ -166,6 +185,7 @@ def _task(state: FederatedState, federation: Federation, client: int, units: Seq
         parameters=tuple(name for unit in units for name in federation.units[unit]),
         values=state.values,
         upload=federation.upload,
+        settings=None if federation.capacity is None else federation.capacity.fit(client, units),
     )
 
 
@@ -181,8 +201,9 @@ def _collect(
         if isinstance(answer, ClientFailure):
             failures.append(answer)
             continue
+        task = open_tasks.pop(answer.client, None)
         try:
-            validate_update(answer, open_tasks.pop(answer.client, None), _slopes_shape(answer, federation))
+            validate_update(answer, task, _slopes_shape(answer, task, federation))
         except UpdateRefusedError as error:
             refused.append(ClientFailure(answer.client, str(error)))
         else:
@@ -190,8 +211,9 @@ def _collect(
     return updates, failures, refused
 
 
-def _slopes_shape(update: ClientUpdate, federation: Federation) -> tuple[int, int] | None:
+def _slopes_shape(update: ClientUpdate, task: ClientTask | None, federation: Federation) -> tuple[int, int] | None:
     if federation.upload != "slopes":
         return None
     steps = federation.training.num_steps(update.num_examples) if isinstance(update.num_examples, int) else 1
-    return steps, federation.training.num_tangents
+    settings = None if task is None else task.settings
+    return steps, federation.training.num_tangents if settings is None else settings.num_tangents

@@ -22,7 +22,7 @@ from spryfl.forward_mode.inject import injected
 from spryfl.gradients.backprop import Backprop
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import AdapterSize, PassCost
-from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.adapters import adapter_config, add_adapter, dropout_modules
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.lean import make_lean
@@ -129,6 +129,8 @@ class HollowModel:
         if work.packed:
             pack(model)
         make_lean(model, {PackedLinear: unpacked})
+        for dropout in dropout_modules(model):
+            dropout.training = work.adapter.dropout > 0  # as in a client's update
         units = trainable_units(model)
         values = {unit: sum(model.get_parameter(name).numel() for name in unit.parameters) for unit in units}
         self.adapter = AdapterSize(
