@@ -74,5 +74,5 @@ WORKS: dict[str, Work] = {
 GROWTH_SHAPE = "bert-narrow"
 GROWTH_LAYERS = (6, 12, 24, 48)
 GROWTH_TOKENS = (128, 256, 512, 1024, 2048)
-GROWTH_BATCH = 8
+GROWTH_BATCH = 2
 GROWTH_CASES = (Case("forward"), Case("backprop_checkpointed"))
