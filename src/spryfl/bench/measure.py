@@ -115,12 +115,12 @@ def _model(work: Work, cache: Path) -> nn.Module:
     return load_model(settings, AdapterConfig(), num_labels=2, seed=SEED).model
 
 
-def dense_model(config: Any) -> nn.Module:
-    """A sequence classifier of random float32 weights with LoRA r 1 on query and value."""
+def dense_model(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A lean sequence classifier of random weights with LoRA r 1 on query and value."""
     register_attention()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        base = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME)
+        base = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
         model = add_adapter(base, adapter_config(AdapterConfig(), base, head_modules(base, []))).eval()
     make_lean(model)
     return model
