@@ -30,7 +30,7 @@ from spryfl.bench.works import (
 from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.memory.allocator import return_large_blocks
-from spryfl.memory.meter import MemoryMeter, resident_peak_bytes
+from spryfl.memory.meter import MemoryMeter, reset_resident_peak, resident_peak_bytes
 from spryfl.models.adapters import adapter_config, add_adapter
 from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
@@ -111,6 +111,7 @@ def _model(work: Work, cache: Path) -> nn.Module:
     folder = write_random_checkpoint(
         shape_config(work.shape, **changed), cache / f"{work.shape}-{work.precision}", work.precision, SEED
     )
+    reset_resident_peak()  # writing the checkpoint is not part of the work
     settings = ModelConfig(name=str(folder), dtype="bfloat16", streamed=work.streamed)
     return load_model(settings, AdapterConfig(), num_labels=2, seed=SEED).model
 
