@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them: 64MiB, 1.5GB, 4096."""
+"""Sizes in bytes as people write them: 64MiB, 1.5GB, 4096; and rates: 20MB/s."""
 
 import re
 
@@ -27,3 +27,15 @@ def parse_size(size: int | str) -> int:
     if number_of_bytes < 1:
         raise ConfigError(f"not a size: {size!r}. Write a number of bytes, or text such as '64MiB' or '1.5GB'")
     return number_of_bytes
+
+
+def parse_rate(rate: str) -> int:
+    """Bytes a second of a rate such as "20MB/s" or "512KiB/s"; "/s" may be left out.
+
+    Raises:
+        ConfigError: not a rate; bits ("20Mbit/s") are not taken for bytes.
+    """
+    try:
+        return parse_size(rate.strip().removesuffix("/s"))
+    except ConfigError:
+        raise ConfigError(f"not a rate: {rate!r}. Write bytes a second, such as '20MB/s' or '512KiB/s'") from None

@@ -10,6 +10,7 @@ from spryfl.cli.bench import bench
 from spryfl.cli.check import check
 from spryfl.cli.init import init
 from spryfl.cli.list import list_
+from spryfl.cli.plan import plan
 from spryfl.cli.quantize import quantize
 from spryfl.cli.run import run
 from spryfl.errors import SpryError
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command("run")(run)
 app.command("init")(init)
 app.command("check")(check)
+app.command("plan")(plan)
 app.command("list")(list_)
 app.command("quantize")(quantize)
 app.add_typer(bench, name="bench")

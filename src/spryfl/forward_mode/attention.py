@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from spryfl.forward_mode.budget import ATTENTION_SHARE, chunk_bytes
+from spryfl.forward_mode.budget import ATTENTION_SHARE, chunk_bytes, each, is_dry
 from spryfl.forward_mode.dual import Dual, num_tangents, split
 
 ATTENTION_NAME = "spry"
@@ -50,7 +50,7 @@ def padding_mask(batch_size: int, q_length: int, kv_length: int, **settings: Any
     if not (plain and square) or given is None or given.shape[-1] != kv_length:
         full: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, **settings)
         return full
-    return None if given.all() else given[:, None, None, :].bool()
+    return None if is_dry() or given.all() else given[:, None, None, :].bool()
 
 
 def attention_forward(
@@ -118,7 +118,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None,
     stack = q.new_empty(1 + k, batch, queries, heads, value.shape[-1])
     # Three float32 score-sized tensors at the widest: P, S' of one tangent, and one term of it.
     row_bytes = 3 * 4 * groups * keys
-    for b, h, rows in _blocks(batch, key_heads, queries, row_bytes, chunk_bytes(ATTENTION_SHARE)):
+    for b, h, rows in each(_blocks(batch, key_heads, queries, row_bytes, chunk_bytes(ATTENTION_SHARE))):
         q_heads = slice(h.start * groups, h.stop * groups)
         primals = (_grouped(q[b, q_heads, rows], groups), key_primal[b, h], v[b, h])
         probabilities, output = _block(primals, _block_mask(mask, causal, b, rows, keys, q.device), scaling, groups)

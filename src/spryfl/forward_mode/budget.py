@@ -1,11 +1,15 @@
 """The byte budget that every chunk size of a pass follows from, and the number of tangents in flight.
 
-Both belong to a pass, not to a model: clients of unequal memory share one frozen model.
+Both belong to a pass, not to a model: clients of unequal memory share one frozen model. So does a dry run,
+which leaves out chunks that are like others: it tells what a pass takes, and its results mean nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
+
+Part = TypeVar("Part")
 
 DEFAULT_CHUNK_BYTES = 32 * 2**20  # larger chunks were measured no faster (docs/results/memory.md)
 
@@ -16,6 +20,7 @@ FEED_FORWARD_SHARE = 2  # a wide middle, once attention's temporaries are gone
 
 _chunk_bytes: ContextVar[int] = ContextVar("chunk_bytes", default=DEFAULT_CHUNK_BYTES)
 _num_tangents: ContextVar[int] = ContextVar("num_tangents", default=0)
+_dry: ContextVar[bool] = ContextVar("dry", default=False)
 
 
 def chunk_bytes(share: int = ROWS_SHARE) -> int:
@@ -46,3 +51,30 @@ def carrying(num_tangents: int) -> Iterator[None]:
         yield
     finally:
         _num_tangents.reset(token)
+
+
+def each(parts: Iterable[Part]) -> Iterable[Part]:
+    """The parts of work done in chunks; in a dry run, of many only the first two and the last.
+
+    The second part differs from the first in what the first left standing (outputs, unpacked weights); those
+    between it and the last differ in nothing.
+    """
+    if not is_dry():
+        return parts
+    known = list(parts)
+    return known if len(known) <= 3 else [*known[:2], known[-1]]
+
+
+def is_dry() -> bool:
+    """Whether this is a dry run, whose tensors hold no data to ask questions of."""
+    return _dry.get()
+
+
+@contextmanager
+def dry_run() -> Iterator[None]:
+    """Let the passes inside leave out chunks that are like others; of what they do, only the memory is right."""
+    token = _dry.set(True)
+    try:
+        yield
+    finally:
+        _dry.reset(token)

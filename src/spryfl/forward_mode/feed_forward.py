@@ -11,7 +11,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from spryfl.forward_mode.budget import FEED_FORWARD_SHARE, chunk_bytes, tangents_in_flight
+from spryfl.forward_mode.budget import FEED_FORWARD_SHARE, chunk_bytes, each, tangents_in_flight
 from spryfl.forward_mode.dual import num_tangents, write_rows
 from spryfl.forward_mode.packed import dense_bytes, staged
 
@@ -74,7 +74,7 @@ def _in_chunks(module: nn.Module, block: Callable[[Tensor], Tensor]) -> Callable
             return block(hidden)
         tokens, output = hidden.reshape(num_tokens, -1), None
         with staged():
-            for start in range(0, num_tokens, step):
+            for start in each(range(0, num_tokens, step)):
                 chunk = slice(start, start + step)
                 # A tangent may start inside the block, at a perturbed module of its own.
                 output = write_rows(output, block(tokens[chunk]), chunk, num_tokens)

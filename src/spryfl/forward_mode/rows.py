@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from spryfl.forward_mode.budget import chunk_bytes, tangents_in_flight
+from spryfl.forward_mode.budget import chunk_bytes, each, tangents_in_flight
 from spryfl.forward_mode.dual import Dual, num_tangents, write_rows
 from spryfl.forward_mode.feed_forward import token_wise_blocks
 from spryfl.forward_mode.packed import dense_bytes, staged
@@ -92,7 +92,7 @@ def _in_rows(layer: nn.Module) -> Callable[..., Any]:
         target: Tensor | None = hidden if isinstance(hidden, Dual) else None
         rest: tuple[Any, ...] | None = None
         with staged():
-            for start in range(0, num_rows, step):
+            for start in each(range(0, num_rows, step)):
                 rows = slice(start, start + step)
                 part_hidden, part_args, part_kwargs = take_rows((hidden, args, kwargs), rows, num_rows)
                 part = plain(part_hidden, *part_args, **part_kwargs)

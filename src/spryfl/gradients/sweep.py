@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from spryfl.errors import ConfigError, ModelError
+from spryfl.forward_mode.budget import each
 from spryfl.forward_mode.packed import staged
 from spryfl.forward_mode.patching import Forward, patched_forwards
 from spryfl.forward_mode.rows import layer_budget, take_rows
@@ -216,7 +217,7 @@ class Sweep:
             def run(*args: Any, **kwargs: Any) -> Tensor:
                 num_rows = gradient.shape[0]
                 step = rows_at_once(call, hidden)
-                for start in range(0, num_rows, step):
+                for start in each(range(0, num_rows, step)):
                     rows = slice(start, start + step)
                     (state, *others), kept = take_rows((args, kwargs), rows, num_rows)
                     state = state.detach().requires_grad_(needs_input)

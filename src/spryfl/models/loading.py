@@ -29,6 +29,8 @@ from spryfl.models.checkpoint import Checkpoint
 from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
 from spryfl.models.quantization import dense_weights
+from spryfl.models.shapes import PREFIX as SHAPE_PREFIX
+from spryfl.models.shapes import shape_config
 from spryfl.models.streaming import StreamedLayers
 from spryfl.models.units import Unit, trainable_units
 
@@ -265,26 +267,36 @@ def skeleton(config: ModelConfig, num_labels: int = 2) -> PreTrainedModel:
     Every parameter is one zero seen through strides of 0, so a model of any size can be built, and run on
     a few tokens, on the smallest machine.
     """
+    return hollow_model(read_config(config, num_labels))
+
+
+def read_config(config: ModelConfig, num_labels: int = 2) -> Any:
+    """A model's transformers configuration, and nothing else of it; `shape:NAME` needs no files at all."""
+    if config.name.startswith(SHAPE_PREFIX):
+        return shape_config(config.name, num_labels)
     source = find_model(config.name)
     with quietly(), explained(config):
         extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-        loaded = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             source.location,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             num_labels=num_labels,
             **extra,
         )
-        return hollow_model(loaded)
 
 
-def hollow_model(config: Any) -> PreTrainedModel:
-    """A sequence classifier of a transformers configuration, all zeros, in next to no memory."""
+def hollow_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A sequence classifier of a transformers configuration, all zeros, in next to no memory.
+
+    Args:
+        dtype: of its parameters; the configuration's own by default.
+    """
     register_attention()
     config.use_cache = False
     config.pad_token_id = config.pad_token_id or 0
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME)
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)

@@ -1,0 +1,239 @@
+"""What a pass will take, predicted by running it without data.
+
+The program itself runs on tensors that have a shape and a type but no memory (PyTorch's fake tensors), under
+the meter that also measures real passes. So chunks, kernels and what autograd stores need no formulas that
+could go out of step with the code. Layers repeat, and so do chunks: two shallow models tell what a deep one
+takes, and the first two chunks and the last what all of them take.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import flop_registry
+
+from spryfl.config import AdapterConfig
+from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run
+from spryfl.forward_mode.inject import injected
+from spryfl.gradients.backprop import Backprop
+from spryfl.memory.meter import ActivationMeter
+from spryfl.memory.plan import AdapterSize, PassCost
+from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.heads import head_modules
+from spryfl.models.layers import layer_calls
+from spryfl.models.lean import make_lean
+from spryfl.models.loading import hollow_model
+from spryfl.models.units import parameters_of, trainable_units
+
+SHALLOW = (2, 3)
+"""Depths that are run: from the second layer on, all are alike."""
+WHOLE = 2**62
+"""A byte budget that no pass needs chunks for."""
+
+Pass = tuple[Any, ...]
+"""A method of `HollowModel` and its settings."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step's work on a model, to be tried out.
+
+    Attributes:
+        config: transformers' own, of the whole model.
+        dtype: what it computes in.
+        packed: whether frozen linear maps are held in 4 or 8 bits and unpacked for each product.
+        head: modules trained in full; the known classification heads by default.
+    """
+
+    config: Any
+    adapter: AdapterConfig
+    batch: int
+    tokens: int
+    dtype: torch.dtype = torch.float32
+    packed: bool = False
+    head: tuple[str, ...] | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one hidden state: (batch, tokens, hidden)."""
+        return self.batch * self.tokens * int(self.config.get_text_config().hidden_size) * self.dtype.itemsize
+
+
+class DryRun:
+    """The passes of one piece of work, each predicted when first asked for.
+
+    One of these serves all precisions that compute alike, streamed or not, and clients of any memory.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self._done: dict[tuple[Pass, int, int], tuple[int, int]] = {}
+
+    def inference(self, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> PassCost:
+        """A pass without gradients."""
+        return self._cost(("infer",), chunk_bytes)
+
+    def forward(self, num_tangents: int = 1, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> PassCost:
+        """One forward-mode pass with K tangents in all trainable parameters."""
+        return self._cost(("carry", num_tangents), chunk_bytes)
+
+    def backprop(self, checkpointed: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> PassCost:
+        """Reverse mode, storing every activation or each layer's input."""
+        return self._cost(("differentiate", checkpointed), chunk_bytes)
+
+    @cached_property
+    def models(self) -> "dict[int, HollowModel]":
+        """By depth; the whole model where its layers are not all alike."""
+        kinds = getattr(self.work.config.get_text_config(), "layer_types", None) or ()
+        depths = SHALLOW if len(set(kinds)) <= 1 else (self.work.num_layers,)
+        return {depth: HollowModel(self.work, depth) for depth in depths}
+
+    @cached_property
+    def adapter(self) -> AdapterSize:
+        """Of the whole model's adapter and head."""
+        return AdapterSize.through({depth: model.adapter for depth, model in self.models.items()}, self.work.num_layers)
+
+    def _cost(self, what: Pass, chunk_bytes: int) -> PassCost:
+        """Chunks bound the peak, but change neither the operations nor what one more layer adds."""
+        whole = {depth: self._run(what, depth, WHOLE) for depth in self.models}
+        depth = min(self.models)
+        return replace(PassCost.through(whole), peak_bytes=self._run(what, depth, chunk_bytes)[0])
+
+    def _run(self, what: Pass, depth: int, chunk_bytes: int) -> tuple[int, int]:
+        """Peak bytes and operations of a pass; where it runs in chunks, some are left out of the latter."""
+        key = (what, depth, chunk_bytes)
+        if key not in self._done:
+            name, *settings = what
+            model = self.models[depth]
+            with chunks_of(chunk_bytes), dry_run(), model.mode, PassMeter() as meter:
+                getattr(model, name)(*settings)
+            self._done[key] = (meter.peak_bytes, meter.flops)
+        return self._done[key]
+
+
+class HollowModel:
+    """A model of some depth, adapted and lean, whose tensors have no memory."""
+
+    def __init__(self, work: Work, depth: int) -> None:
+        base = hollow_model(shallower(work.config, depth), work.dtype)
+        head = head_modules(base, ()) if work.head is None else list(work.head)
+        model = add_adapter(base, adapter_config(work.adapter, base, head)).eval()
+        if work.packed:
+            pack(model)
+        make_lean(model, {PackedLinear: unpacked})
+        units = trainable_units(model)
+        values = {unit: sum(model.get_parameter(name).numel() for name in unit.parameters) for unit in units}
+        self.adapter = AdapterSize(
+            num_units=sum(not unit.is_head for unit in units),
+            unit_values=sum(count for unit, count in values.items() if not unit.is_head),
+            head_values=sum(count for unit, count in values.items() if unit.is_head),
+        )
+        self.model = model
+        self.names = parameters_of(units)
+        self.mode = FakeTensorMode()
+        hollow_out(model, self.mode)
+        with self.mode:
+            self._ids = torch.ones((work.batch, work.tokens), dtype=torch.long)
+            self._mask = torch.ones_like(self._ids)
+            self._labels = torch.zeros(work.batch, dtype=torch.long)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """As `data.classification` has it, of a batch without padding."""
+        logits = model(input_ids=self._ids, attention_mask=self._mask).logits
+        return nn.functional.cross_entropy(logits.float(), self._labels)
+
+    def infer(self) -> None:
+        with torch.no_grad():
+            self.loss(self.model)
+
+    def carry(self, num_tangents: int) -> None:
+        shapes = {name: self.model.get_parameter(name).shape for name in self.names}
+        tangents = {name: torch.empty((num_tangents, *shape)) for name, shape in shapes.items()}
+        with torch.no_grad(), injected(self.model, tangents):
+            self.loss(self.model)
+
+    def differentiate(self, checkpointed: bool) -> None:
+        estimator = Backprop("per_layer" if checkpointed else "none", layer_calls)
+        estimator.loss_and_gradient(self.model, self.loss, self.names)
+
+
+class PassMeter(ActivationMeter):
+    """Counts floating-point operations too, matrix products and attention as PyTorch's own counter does.
+
+    Attributes:
+        flops: a multiplication and an addition are two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = super().__torch_dispatch__(func, types, args, kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if output is not NotImplemented and count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+class PackedLinear(nn.Module):
+    """Stands for a linear map whose weight is held in 4 or 8 bits: it unpacks to a tensor of the right size."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        packed = torch.zeros((), dtype=torch.uint8).expand(self.out_features, self.in_features)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, unpacked(self, input.dtype), self.bias)
+
+
+def unpacked(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a stand-in, whatever its values: (out, in)."""
+    assert isinstance(module, PackedLinear)
+    return torch.empty((module.out_features, module.in_features), dtype=dtype, device=module.weight.device)
+
+
+def pack(model: nn.Module) -> None:
+    """Put stand-ins in the place of a model's frozen linear maps."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and not child.weight.requires_grad:
+                setattr(module, name, PackedLinear(child))
+
+
+def hollow_out(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace parameters and buffers by fake ones; a parameter in two places stays one."""
+    fakes: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in fakes:
+                    fake = mode.from_tensor(parameter.detach())
+                    fakes[parameter] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = fakes[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer)
+
+
+def shallower(config: Any, depth: int) -> Any:
+    """A copy of a transformers configuration with another depth, its weights in full precision."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # stand-ins take the part of packed modules
+    return config

@@ -1,0 +1,95 @@
+"""What a model's frozen weights take, counted from its configuration alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from spryfl.models.heads import head_modules
+from spryfl.models.layers import transformer_layers
+from spryfl.models.loading import hollow_model
+from spryfl.models.quantization import packed_bytes
+
+Precision = Literal["float32", "bfloat16", "int8", "nf4"]
+PACKED: tuple[Precision, ...] = ("int8", "nf4")
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """A model's frozen weights in one precision.
+
+    Attributes:
+        layers: of each repeated layer; a shared one counts once.
+        outside: of the rest: embeddings, norms, poolers.
+        touched: the same with only those rows of the embeddings that a batch looks up.
+        shared: whether layers share weights, which streaming would read again and again.
+    """
+
+    layers: tuple[int, ...]
+    outside: int
+    touched: int
+    shared: bool
+
+    @property
+    def resident(self) -> int:
+        """All in memory."""
+        return sum(self.layers) + self.outside
+
+    @property
+    def streamed(self) -> int:
+        """The layer that computes, the one being fetched, and what lies outside, its embeddings mapped from disk."""
+        return sum(sorted(self.layers)[-2:]) + self.touched
+
+    @property
+    def read_a_visit(self) -> int:
+        """Read from disk when every layer is visited once."""
+        return sum(self.layers)
+
+
+def count_weights(
+    config: Any, precision: Precision, dtype: torch.dtype, num_tokens: int, head: Sequence[str] | None = None
+) -> WeightBytes:
+    """Count a model's frozen weights.
+
+    Args:
+        config: transformers' own.
+        dtype: of whatever is not packed.
+        num_tokens: of a batch: at most so many rows of each embedding are looked up.
+        head: modules trained in full, which count as adapter; the known classification heads by default.
+    """
+    model = hollow_model(config, dtype)
+    packed = precision if precision in PACKED else None
+    excluded = [model.get_submodule(name) for name in (head_modules(model, ()) if head is None else head)]
+    seen = {parameter for module in excluded for parameter in module.parameters()}
+    layers = [_bytes_of(layer, packed, seen) for layer in transformer_layers(model)]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embedded = sum(e.weight.numel() * e.weight.element_size() for e in embeddings)
+    outside = _bytes_of(model, packed, seen)
+    touched = outside - embedded + sum(_touched(e, num_tokens) for e in embeddings)
+    calls = model.config.get_text_config().num_hidden_layers
+    return WeightBytes(tuple(layers), outside, touched, shared=calls > len(layers))
+
+
+def _bytes_of(module: nn.Module, packed: str | None, seen: set[nn.Parameter]) -> int:
+    """Bytes of a module's parameters not seen before, linear maps packed; they are then seen."""
+    total = 0
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            if packed and type(owner) is nn.Linear and name == "weight":
+                total += packed_bytes(parameter.shape, packed)
+            else:
+                total += parameter.numel() * parameter.element_size()
+    return total
+
+
+def _touched(embedding: nn.Embedding, num_tokens: int) -> int:
+    """Bytes of the pages in which a batch's rows lie."""
+    row_bytes = embedding.embedding_dim * embedding.weight.element_size()
+    pages = -(-row_bytes // PAGE_BYTES)
+    return min(embedding.num_embeddings * row_bytes, num_tokens * pages * PAGE_BYTES)

@@ -1,0 +1,176 @@
+"""Predictions against the meter: every family, every estimator, dense and packed, with chunks and without."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+
+from families import DECODERS, FAMILIES
+from spryfl.config import AdapterConfig
+from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
+from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run, each
+from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.directions import DirectionStream
+from spryfl.gradients.estimator import GradientEstimator
+from spryfl.gradients.forward import ForwardGradient
+from spryfl.memory.meter import ActivationMeter
+from spryfl.memory.plan import PassCost
+from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.dry_run import DryRun, HollowModel, PackedLinear, PassMeter, Work, pack, shallower, unpacked
+from spryfl.models.heads import head_modules
+from spryfl.models.layers import layer_calls
+from spryfl.models.lean import make_lean
+from spryfl.models.units import parameters_of, trainable_units
+
+BATCH, TOKENS, LAYERS = 4, 48, 5
+SMALL_CHUNKS = 256 * 2**10
+RANK = AdapterConfig(rank=2)
+DRAW = DirectionStream(0, 1, 0).at_step(0)
+
+
+def config_of(family: str) -> PreTrainedConfig:
+    """Wide enough that activations matter, five layers, so that the dry run extrapolates from two and three."""
+    config = type(FAMILIES[family]())
+    sizes = {"vocab_size": 90, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 0, "use_cache": False}
+    if family == "distilbert":
+        return config(**sizes, dim=64, n_layers=LAYERS, n_heads=4, hidden_dim=192)
+    sizes |= {"hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    if family == "opt":
+        return config(**sizes, ffn_dim=192, word_embed_proj_dim=64)
+    if family in DECODERS:
+        sizes |= {"num_key_value_heads": 2}
+    if family in ("gemma", "qwen3"):
+        sizes |= {"head_dim": 16}
+    more = {"albert": {"embedding_size": 32}, "mistral": {"sliding_window": 16}}.get(family, {})
+    return config(**sizes, intermediate_size=192, **more)
+
+
+class Real:
+    """The same model with weights, and a batch."""
+
+    def __init__(self, config: PreTrainedConfig, packed: bool = False, padded: bool = False) -> None:
+        register_attention()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME)
+            self.model = add_adapter(base, adapter_config(RANK, base, head_modules(base, ()))).eval()
+        if packed:
+            pack(self.model)
+        make_lean(self.model, {PackedLinear: lambda module, dtype: unpacked(module, dtype).zero_()})
+        self.names = parameters_of(trainable_units(self.model))
+        self.ids = torch.ones((BATCH, TOKENS), dtype=torch.long)
+        self.mask = torch.ones_like(self.ids)
+        if padded:
+            self.mask[1, TOKENS // 2 :] = 0
+
+    def loss(self, model: nn.Module) -> Tensor:
+        logits = model(input_ids=self.ids, attention_mask=self.mask).logits
+        return nn.functional.cross_entropy(logits.float(), torch.zeros(BATCH, dtype=torch.long))
+
+    def peak(self, estimator: GradientEstimator | None, chunk_bytes: int) -> int:
+        def run() -> None:
+            with chunks_of(chunk_bytes):
+                if estimator is None:
+                    with torch.inference_mode():
+                        self.loss(self.model)
+                else:
+                    estimator.estimate(self.model, self.loss, self.names, DRAW, BATCH)
+
+        with ActivationMeter() as meter:
+            run()
+        return meter.peak_bytes
+
+
+ESTIMATORS: dict[str, tuple[Callable[[], GradientEstimator | None], Callable[[DryRun, int], PassCost]]] = {
+    "inference": (lambda: None, lambda dry, chunks: dry.inference(chunks)),
+    "forward": (ForwardGradient, lambda dry, chunks: dry.forward(1, chunks)),
+    "forward, 3 tangents": (lambda: ForwardGradient(3), lambda dry, chunks: dry.forward(3, chunks)),
+    "zeroth order": (ZerothOrder, lambda dry, chunks: dry.inference(chunks)),
+    "backprop": (Backprop, lambda dry, chunks: dry.backprop(False, chunks)),
+    "checkpointed": (lambda: Backprop("per_layer", layer_calls), lambda dry, chunks: dry.backprop(True, chunks)),
+}
+CHUNKED = ("forward", "checkpointed")
+
+
+def misses(config: PreTrainedConfig, packed: bool, cases: list[tuple[str, int]]) -> dict[tuple[str, int], float]:
+    """Predicted over measured, wherever they differ by more than 15 %."""
+    real, dry = Real(config, packed), DryRun(Work(config, RANK, BATCH, TOKENS, packed=packed))
+    ratios = {}
+    for name, chunks in cases:
+        estimator, predicted = ESTIMATORS[name]
+        ratios[name, chunks] = predicted(dry, chunks).peak_at(LAYERS) / real.peak(estimator(), chunks)
+    return {case: ratio for case, ratio in ratios.items() if abs(ratio - 1) > 0.15}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictions_are_within_15_percent_of_the_meter(family: str) -> None:
+    """Extrapolated from two and three layers to five, for every estimator; in small chunks, too."""
+    cases = [*((name, DEFAULT_CHUNK_BYTES) for name in ESTIMATORS), *((name, SMALL_CHUNKS) for name in CHUNKED)]
+    assert not misses(config_of(family), False, cases)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_too(family: str) -> None:
+    assert not misses(config_of(family), True, [(name, SMALL_CHUNKS) for name in (*CHUNKED, "inference")])
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "mistral"])
+def test_padding_changes_little(family: str) -> None:
+    """A dry run has no padding; a batch that has some stays within 15 %."""
+    config = config_of(family)
+    real, dry = Real(config, padded=True), DryRun(Work(config, RANK, BATCH, TOKENS))
+    for name in ("forward", "checkpointed", "inference"):
+        estimator, predicted = ESTIMATORS[name]
+        said = predicted(dry, DEFAULT_CHUNK_BYTES).peak_at(LAYERS)
+        assert said == pytest.approx(real.peak(estimator(), DEFAULT_CHUNK_BYTES), rel=0.15)
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_backprop_within_a_budget(kept: int) -> None:
+    """Each layer input that is not kept takes its bytes off what checkpointing per layer takes."""
+    config = config_of("llama")
+    real, dry = Real(config), DryRun(Work(config, RANK, BATCH, TOKENS))
+    state = dry.work.state_bytes
+    said = dry.backprop(True).peak_at(LAYERS) - (LAYERS - kept) * state
+    measured = real.peak(Backprop("budgeted", layer_calls, kept * state), DEFAULT_CHUNK_BYTES)
+    assert said == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["bert", "opt", "qwen3"])
+def test_operations_and_peaks_are_linear_in_depth(family: str) -> None:
+    """What two and three layers tell of seven is what seven tell of themselves."""
+    config = shallower(config_of(family), 7)
+    work = Work(config, RANK, BATCH, TOKENS)
+    shallow, deep = DryRun(work), HollowModel(work, 7)
+    for predicted, run in (
+        (shallow.inference(SMALL_CHUNKS), deep.infer),
+        (shallow.forward(2, SMALL_CHUNKS), lambda: deep.carry(2)),
+        (shallow.backprop(False, SMALL_CHUNKS), lambda: deep.differentiate(False)),
+        (shallow.backprop(True, SMALL_CHUNKS), lambda: deep.differentiate(True)),
+    ):
+        with chunks_of(SMALL_CHUNKS), deep.mode, PassMeter() as meter:
+            run()
+        assert predicted.peak_at(7) == pytest.approx(meter.peak_bytes, rel=0.02)
+        assert predicted.flops_at(7) == pytest.approx(meter.flops, rel=1e-9)
+    assert shallow.adapter == deep.adapter
+
+
+def test_time_is_what_the_paper_says() -> None:
+    """Of the linear maps' operations: forward mode twice inference's, and each tangent once more."""
+    dry = DryRun(Work(config_of("bert"), RANK, BATCH, TOKENS))
+    basis = dry.inference().flops_at(LAYERS)
+    times = [dry.forward(k).flops_at(LAYERS) / basis for k in (1, 2, 3)]
+    assert times[0] == pytest.approx(2, abs=0.2)
+    assert times[1] - times[0] == pytest.approx(1, abs=0.25)
+    assert times[2] - times[1] == pytest.approx(times[1] - times[0])
+    assert dry.backprop(True).flops_at(LAYERS) / basis == pytest.approx(3, abs=0.2)
+
+
+def test_a_dry_run_leaves_out_only_chunks_like_others() -> None:
+    assert list(each(range(7))) == list(range(7))
+    with dry_run():
+        assert list(each(range(7))) == [0, 1, 6]
+        assert list(each(range(2))) == [0, 1]
+    assert list(each(range(7))) == list(range(7))
