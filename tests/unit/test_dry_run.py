@@ -15,6 +15,7 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.forward import ForwardGradient
+from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import PassCost
 from spryfl.models.adapters import adapter_config, add_adapter

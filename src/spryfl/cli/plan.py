@@ -10,7 +10,7 @@ from spryfl.sizes import parse_rate, parse_size
 if TYPE_CHECKING:
     from spryfl.plan import Plan
 
-NOT_A_TERMINAL = 140  # columns, so that a table in a file is not folded
+WIDE = 140  # columns, so that a table in a file is not folded
 
 
 def plan(
@@ -96,10 +96,15 @@ def print_plan(plan: "Plan", model: str, bytes_per_second: int | None) -> None:
     request = plan.request
     budget = "" if request.budget_bytes is None else f", budget {decimal(request.budget_bytes)}"
     title = f"{model}: {plan.num_layers} layers, batch {request.batch}, {request.tokens} tokens, LoRA r "
-    table = Table(title=f"{title}{request.adapter.rank}{budget}", title_justify="left")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)
+    table = Table(title=f"{title}{request.adapter.rank}{budget}", title_justify="left", box=None, pad_edge=False)
     for heading in ("fits", "estimator", "precision", "streamed"):
         table.add_column(heading, no_wrap=True)
-    sizes = ("peak", "weights", "activations", "adapter", "process", "time", "read", "up", "down")
+    # A narrow terminal has room for what decides; --json has the rest.
+    parts = ("weights", "activations", "adapter") if console.width >= WIDE else ()
+    sizes = ("peak", *parts, "time", "read", "up", "down")
     for heading in (*sizes, *(() if bytes_per_second is None else ("transfer",))):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
@@ -108,32 +113,34 @@ def print_plan(plan: "Plan", model: str, bytes_per_second: int | None) -> None:
             table.add_section()
         last = (row.precision, row.streamed)
         fits = row.fits(request.budget_bytes)
-        figures = [row.weights_bytes, row.activation_bytes, row.adapter_bytes, row.process_bytes]
-        up = decimal(row.bytes_up) if row.bytes_up else ""
+        figures = [row.weights_bytes, row.activation_bytes, row.adapter_bytes] if parts else []
+        process_bytes = row.process_bytes
         table.add_row(
             "→" if row is plan.recommended else "✓" if fits else "",
             row.estimator,
             row.precision,
             "yes" if row.streamed else "",
-            decimal(row.peak_bytes),
-            *map(decimal, figures),
-            f"{row.relative_time:.2f} x",
-            decimal(row.read_bytes) if row.read_bytes else "",
-            up,
-            decimal(row.bytes_down) if row.bytes_down else "",
+            *map(_short, (row.peak_bytes, *figures)),
+            f"{row.relative_time:.2f}x",
+            *map(_short, (row.read_bytes, row.bytes_up, row.bytes_down)),
             *(() if bytes_per_second is None else (f"{row.transfer_bytes / bytes_per_second:.2f} s",)),
             style="bold" if row is plan.recommended else None if fits else "dim",
         )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=NOT_A_TERMINAL)
     console.print(table)
     chosen = plan.require_fit()
     for line in (
         f"→ {plan.reason}{f' It {chosen.note}.' if chosen.note else ''}",
-        "Peak is the resident peak of a client: weights, activations, adapter and optimizer, and the process itself.",
+        "Peak is the resident peak of a client: weights, activations, adapter and optimizer, and the process itself, "
+        f"{_short(process_bytes)}.",
         "Time is a step's floating-point operations over inference's; unpacking and reading weights are not in it.",
         "Up and down are a client's round of values; "
         f"as slopes, forward and zeroth_order send {decimal(4 * request.num_tangents)} a step up.",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _short(count: int) -> str:
+    """Bytes in few characters: 4.0MB; nothing for none."""
+    from rich.filesize import decimal
+
+    return decimal(count).replace(" bytes", "B").replace(" ", "") if count else ""
