@@ -35,6 +35,8 @@ def small(arguments: list[str]) -> list[str]:
     """The same command on less work."""
     if arguments[0] == "run" and "--resume" not in arguments:
         return arguments + [part for key, value in SMALL_RUN.items() for part in ("--set", f"{key}={value}")]
+    if arguments[0] == "quantize":
+        pytest.importorskip("bitsandbytes")
     if arguments[:2] == ["bench", "step"]:
         return [*arguments, "--layers", "1", "--tokens", "16", "--repeats", "1"]
     return arguments
