@@ -156,6 +156,14 @@ class EvaluationConfig(Part):
     batch_size: Positive = 64
 
 
+class ClientsConfig(Part):
+    """What the clients' machines are."""
+
+    memory: tuple[Size, ...] = Field(
+        (), description="resident memory, dealt to clients in turn: ['700MB', '2GB']; by default it is no matter"
+    )
+
+
 class RuntimeConfig(Part):
     """Where clients run on this machine."""
 
@@ -184,6 +192,7 @@ class RunConfig(Part):
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    clients: ClientsConfig = ClientsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     compare: tuple[CompareConfig, ...] = ()
 

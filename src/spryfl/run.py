@@ -137,6 +137,7 @@ def _round_event(
         failures=tuple(f"{f.client}: {f.reason}" for f in report.failures),
         refused=tuple(f"{f.client}: {f.reason}" for f in report.refused),
         untrained=report.untrained,
+        unheld=report.unheld,
     )
 
 
@@ -159,6 +160,7 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         estimator=method.estimator,
         checkpointing=config.method.checkpointing if method.estimator == "backprop" else None,
         checkpoint_budget_bytes=config.method.budget if method.estimator == "backprop" else None,
+        unheld_units=bench.unheld_units,
         num_clients=bench.federation.num_clients,
         cohort_size=bench.federation.cohort_size,
         accuracy_before=_known(events[0].accuracy),

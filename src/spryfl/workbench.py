@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
+from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.classification import Batch, Classification, Examples, tokenize
 from spryfl.data.loading import load_rows
@@ -94,6 +95,7 @@ class Workbench:
             partition,
         )
         bench._require_budget()
+        bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench
 
     def _require_budget(self) -> None:
@@ -111,6 +113,21 @@ class Workbench:
             )
 
     @cached_property
+    def client_memory(self) -> ClientMemory | None:
+        """What each client has the memory for; None where the configuration states none."""
+        if not self.config.clients.memory:
+            return None
+        batch = max(min(self.config.local.batch_size, len(self.partition[c])) for c in range(len(self.partition)))
+        tokens = max(len(encoding["input_ids"]) for encoding in self.train.encodings)
+        return client_memory(self.config, self.adapted, batch, tokens)
+
+    @cached_property
+    def unheld_units(self) -> tuple[str, ...]:
+        """Units that no client has the memory for; they stay as they are."""
+        memory, federation = self.client_memory, self.federation
+        return () if memory is None else memory.require_some(list(federation.units), federation.shared)
+
+    @cached_property
     def federation(self) -> Federation:
         """The part of the configuration that the round loop needs."""
         config, method = self.config, METHODS[self.config.method.name]
@@ -126,6 +143,7 @@ class Workbench:
             rotate=config.method.rotate,
             upload=config.method.upload or method.upload,
             training=self.training,
+            fit=None if self.client_memory is None else self.client_memory.fit,
             server=ServerUpdate(
                 kind=server,
                 learning_rate=config.server.learning_rate or default_learning_rate(server, method.pace),

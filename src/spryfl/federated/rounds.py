@@ -14,6 +14,7 @@ from spryfl.errors import SpryError, UpdateRefusedError
 from spryfl.federated.aggregation import Contribution, weighted_mean
 from spryfl.federated.assignment import assign_units
 from spryfl.federated.client import LocalTraining
+from spryfl.federated.fitting import Deal, Fit, deal_within
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
 from spryfl.federated.method import Assignment, Upload
 from spryfl.federated.sampling import sample_cohort
@@ -45,6 +46,7 @@ class Federation:
         units: unit name -> its parameters, from the lowest layer up.
         shared: units every client of the cohort trains (the head, by default).
         rotate: start the cycle of units one further each round; the released code always starts at 0.
+        fit: what a client can hold, where memory is a matter.
     """
 
     seed: int
@@ -57,6 +59,7 @@ class Federation:
     upload: Upload
     training: LocalTraining
     server: ServerUpdate
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class RoundReport:
         failures: clients that returned nothing.
         refused: clients whose update failed validation, and why.
         untrained: units nobody trained; they stay as they were.
+        unheld: units no client of the cohort has the memory for.
         seconds: wall-clock time; client_seconds: the clients' computing time, added up.
     """
 
@@ -83,6 +87,7 @@ class RoundReport:
     failures: tuple[ClientFailure, ...]
     refused: tuple[ClientFailure, ...]
     untrained: tuple[str, ...]
+    unheld: tuple[str, ...] = ()
 
 
 def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -> tuple[FederatedState, RoundReport]:
@@ -99,8 +104,12 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     start = state.round if federation.rotate else 0
     assigned = assign_units(federation.assignment, list(federation.units), cohort, start, federation.shared)
 
+    deal = deal_within(assigned, list(federation.units), federation.shared, federation.fit)
+    if not deal.units:
+        raise SpryError(f"round {round}: no client of the cohort has the memory for any unit: raise clients.memory")
+
     # 2. Send each client the present values, its units' names and the seed.
-    tasks = {client: _task(state, federation, client, units) for client, units in assigned.items()}
+    tasks = {client: _task(state, federation, client, deal) for client in deal.units}
 
     # 3. Clients train; what they return is validated before anything else.
     updates, failures, refused = _collect(runtime, list(tasks.values()), federation)
@@ -130,6 +139,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         failures=tuple(failures),
         refused=tuple(refused),
         untrained=tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters)),
+        unheld=deal.unheld,
     )
     return replace(state, round=round, values=values, moments=moments), report
 
@@ -157,7 +167,8 @@ def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federati
     return {name: update.tensors[name] - value for name, value in old.items()}
 
 
-def _task(state: FederatedState, federation: Federation, client: int, units: Sequence[str]) -> ClientTask:
+def _task(state: FederatedState, federation: Federation, client: int, deal: Deal) -> ClientTask:
+    units = deal.units[client]
     return ClientTask(
         round=state.round + 1,
         client=client,
@@ -166,6 +177,7 @@ def _task(state: FederatedState, federation: Federation, client: int, units: Seq
         parameters=tuple(name for unit in units for name in federation.units[unit]),
         values=state.values,
         upload=federation.upload,
+        settings=deal.settings[client],
     )
 
 
@@ -182,7 +194,8 @@ def _collect(
             failures.append(answer)
             continue
         try:
-            validate_update(answer, open_tasks.pop(answer.client, None), _slopes_shape(answer, federation))
+            task = open_tasks.pop(answer.client, None)
+            validate_update(answer, task, _slopes_shape(answer, task, federation))
         except UpdateRefusedError as error:
             refused.append(ClientFailure(answer.client, str(error)))
         else:
@@ -190,8 +203,9 @@ def _collect(
     return updates, failures, refused
 
 
-def _slopes_shape(update: ClientUpdate, federation: Federation) -> tuple[int, int] | None:
+def _slopes_shape(update: ClientUpdate, task: ClientTask | None, federation: Federation) -> tuple[int, int] | None:
     if federation.upload != "slopes":
         return None
     steps = federation.training.num_steps(update.num_examples) if isinstance(update.num_examples, int) else 1
-    return steps, federation.training.num_tangents
+    own = None if task is None else task.settings.num_tangents
+    return steps, own or federation.training.num_tangents

@@ -31,6 +31,7 @@ class RoundEvent:
     failures: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     untrained: tuple[str, ...] = ()
+    unheld: tuple[str, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,6 +74,7 @@ class Summary:
     num_refused: int
     run_directory: str
     checkpoint_budget_bytes: int | None = None
+    unheld_units: tuple[str, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)

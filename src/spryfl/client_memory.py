@@ -1,0 +1,179 @@
+"""What each client has the memory for: predictions (`models.dry_run`) against the budgets that clients state."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+from spryfl.config import RunConfig
+from spryfl.errors import ConfigError
+from spryfl.federated.fitting import PassSettings
+from spryfl.federated.method import METHODS
+from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES
+from spryfl.memory.plan import PROCESS_BYTES, adapter_state_bytes
+from spryfl.models.dry_run import DryRun, Work
+from spryfl.models.layers import transformer_layers
+from spryfl.models.loading import AdaptedModel
+from spryfl.models.quantization import kind_of, stored_config
+from spryfl.models.units import Unit
+from spryfl.models.weights import Precision, count_weights
+
+Passes = Literal["forward", "zeroth_order", "backprop", "per_layer", "budgeted"]
+SMALLER_CHUNKS = (DEFAULT_CHUNK_BYTES, 8 * 2**20, 2 * 2**20, 2**19)
+
+
+@dataclass(frozen=True)
+class ClientMemory:
+    """Tells which units a client can train together, and with which settings: `fit` is the round loop's `Fit`.
+
+    Attributes:
+        budgets: resident bytes, dealt to clients in turn: client i has budget i modulo their number.
+        dry: of the largest batch.
+        passes: what the estimator runs.
+        num_tangents: K of the run; a client without the memory takes half of it, a quarter, .. down to 1.
+        weights_bytes: frozen weights resident at a time.
+        values: unit -> how many values it trains.
+        layer: unit -> its layer; None for one above all layers (the head).
+        checkpoint_budget_bytes: of passes "budgeted".
+    """
+
+    budgets: Sequence[int]
+    dry: DryRun
+    passes: Passes
+    num_tangents: int
+    weights_bytes: int
+    values: Mapping[str, int]
+    layer: Mapping[str, int | None]
+    checkpoint_budget_bytes: int = 0
+    _known: dict[tuple[int, int, int], int] = field(default_factory=dict)
+
+    def budget(self, client: int) -> int:
+        """Resident bytes of a client."""
+        return self.budgets[client % len(self.budgets)]
+
+    def fit(self, client: int, units: Sequence[str]) -> PassSettings | None:
+        """The settings that cost a client the least of its progress: most tangents first, then largest chunks."""
+        return self.within(self.budget(client), units)
+
+    def within(self, budget: int, units: Sequence[str]) -> PassSettings | None:
+        """As `fit`, for a budget."""
+        for k in self._tangents():
+            for chunk_bytes in SMALLER_CHUNKS:
+                if self.peak_bytes(units, k, chunk_bytes) <= budget:
+                    return PassSettings(k if self._has_slopes else None, chunk_bytes)
+        return None
+
+    def peak_bytes(self, units: Sequence[str], k: int, chunk_bytes: int) -> int:
+        """The predicted resident peak of training these units together."""
+        own = sum(self.values[unit] for unit in units)
+        everyone = sum(self.values.values())
+        adapter = adapter_state_bytes(own, self.dry.work.dtype.itemsize) + 4 * (everyone - own)
+        # Every tangent is as large as what it perturbs, drawn in float32 and held in the model's type.
+        tangents = k * own * (4 + self.dry.work.dtype.itemsize) if self.passes == "forward" else 0
+        lowest = min((self.layer[unit] or 0 for unit in units if self.layer[unit] is not None), default=None)
+        depth = 0 if lowest is None else self.dry.work.num_layers - lowest
+        return PROCESS_BYTES + self.weights_bytes + adapter + tangents + self._activations(depth, k, chunk_bytes)
+
+    def require_some(self, units: Sequence[str], shared: Sequence[str]) -> tuple[str, ...]:
+        """Units that no budget holds.
+
+        Raises:
+            ConfigError: a client can hold no unit at all; names the least that would do.
+        """
+        dealt = [unit for unit in units if unit not in shared] or list(units)
+        held = {
+            budget: {unit for unit in dealt if self.within(budget, [unit, *shared]) is not None}
+            for budget in dict.fromkeys(self.budgets)
+        }
+        poorest = next((budget for budget, found in held.items() if not found), None)
+        if poorest is not None:
+            least = min(self.peak_bytes([unit, *shared], 1, SMALLER_CHUNKS[-1]) for unit in dealt)
+            raise ConfigError(
+                f"clients.memory: {poorest:,} bytes hold no unit of this model; the least is {least:,} bytes, of which "
+                f"{PROCESS_BYTES:,} are the process and {self.weights_bytes:,} weights. Raise it, lower "
+                "local.batch_size or data.max_tokens, or set model.quantization or model.streamed"
+            )
+        return tuple(unit for unit in dealt if not any(unit in found for found in held.values()))
+
+    @property
+    def _has_slopes(self) -> bool:
+        return self.passes in ("forward", "zeroth_order")
+
+    def _tangents(self) -> list[int]:
+        """K, K / 2, .., 1 where they cost memory; else K alone."""
+        if self.passes != "forward":
+            return [self.num_tangents]
+        found = [self.num_tangents]
+        while found[-1] > 1:
+            found.append(found[-1] // 2)
+        return found
+
+    def _activations(self, depth: int, k: int, chunk_bytes: int) -> int:
+        """Peak of a pass that has gradients to find in the uppermost `depth` layers."""
+        key = (depth, k, chunk_bytes)
+        if key not in self._known:
+            self._known[key] = self._predicted(depth, k, chunk_bytes)
+        return self._known[key]
+
+    def _predicted(self, depth: int, k: int, chunk_bytes: int) -> int:
+        whole = self.dry.work.num_layers
+        inference = self.dry.inference(chunk_bytes).peak_at(whole)
+        if self.passes == "zeroth_order" or depth == 0:
+            return inference
+        if self.passes == "forward":
+            return max(inference, self.dry.forward(k, chunk_bytes).peak_at(whole))
+        cost = self.dry.backprop(self.passes != "backprop", chunk_bytes)
+        if self.passes != "budgeted":
+            return max(inference, cost.peak_at(depth))
+        state = self.dry.work.state_bytes
+        kept = min(depth, max(1, self.checkpoint_budget_bytes // state))
+        return max(inference, cost.peak_at(depth) - (depth - kept) * state)
+
+
+def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: int) -> ClientMemory:
+    """The predictions for a run.
+
+    Args:
+        config: states the budgets, the method and its settings.
+        batch, tokens: of the largest batch of any client, padding included.
+    """
+    model, method = adapted.model, METHODS[config.method.name]
+    stored = stored_config(model.config, config.model.name)
+    kind = config.model.quantization if stored is None else kind_of(stored)
+    packed = kind != "none"
+    precision = cast(Precision, kind if packed else str(adapted.dtype).removeprefix("torch."))
+    head = _head_modules(adapted)
+    weights = count_weights(model.config, precision, adapted.dtype, batch * tokens, head)
+    work = Work(model.config, config.adapter, batch, tokens, adapted.dtype, packed, head)
+    by_checkpointing: dict[str, Passes] = {"none": "backprop", "per_layer": "per_layer", "budgeted": "budgeted"}
+    with_slopes: dict[str, Passes] = {"forward": "forward", "zeroth_order": "zeroth_order"}
+    return ClientMemory(
+        budgets=config.clients.memory,
+        dry=DryRun(work),
+        passes=with_slopes.get(method.estimator) or by_checkpointing[config.method.checkpointing],
+        num_tangents=config.method.num_tangents,
+        weights_bytes=weights.streamed if config.model.streamed else weights.resident,
+        values={unit.name: _num_values(adapted, unit) for unit in adapted.units},
+        layer=_layers_of(adapted),
+        checkpoint_budget_bytes=config.method.budget or 0,
+    )
+
+
+def _head_modules(adapted: AdaptedModel) -> tuple[str, ...]:
+    """Paths, in the base model, of the modules trained in full."""
+    names = [name for unit in adapted.units if unit.is_head for name in unit.parameters]
+    paths = (name.partition(".modules_to_save.")[0].removeprefix("base_model.model.") for name in names)
+    return tuple(dict.fromkeys(paths))
+
+
+def _num_values(adapted: AdaptedModel, unit: Unit) -> int:
+    return sum(adapted.model.get_parameter(name).numel() for name in unit.parameters)
+
+
+def _layers_of(adapted: AdaptedModel) -> dict[str, int | None]:
+    """Unit -> the number of the layer it lies in; None outside all. Of a shared layer, the lowest call."""
+    numbers = {layer: number for number, layer in enumerate(transformer_layers(adapted.model))}
+    paths = {f"{path}.": numbers[module] for path, module in adapted.model.named_modules() if module in numbers}
+    found: dict[str, int | None] = {}
+    for unit in adapted.units:
+        found[unit.name] = next((n for path, n in paths.items() if unit.parameters[0].startswith(path)), None)
+    return found
