@@ -29,6 +29,17 @@ def parse_size(size: int | str) -> int:
     return number_of_bytes
 
 
+def short_size(number_of_bytes: int) -> str:
+    """A size in three digits, as people read them: 6.46 GB."""
+    value = float(number_of_bytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"
+
+
 def parse_rate(rate: str) -> int:
     """Bytes a second of a rate such as "20MB/s" or "512KiB/s"; "/s" may be left out.
 

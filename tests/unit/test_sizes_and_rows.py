@@ -5,7 +5,7 @@ import torch
 
 from spryfl.errors import ConfigError
 from spryfl.forward_mode.rows import take_rows
-from spryfl.sizes import parse_size
+from spryfl.sizes import parse_rate, parse_size, short_size
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,16 @@ def test_sizes(text: int | str, expected: int) -> None:
 def test_what_is_no_size(text: object) -> None:
     with pytest.raises(ConfigError, match=r"not a size: .*64MiB"):
         parse_size(text)
+
+
+def test_rates_and_short_sizes() -> None:
+    assert parse_rate("20MB/s") == 20_000_000
+    assert parse_rate("512KiB") == 2**19
+    with pytest.raises(ConfigError, match=r"not a rate: '20Mbit/s'.*'20MB/s'"):
+        parse_rate("20Mbit/s")
+    sizes = (0, 999, 1000, 9994, 9996, 99_940, 999_499, 999_500, 6_460_000_000, 5 * 10**15)
+    shown = ["0 B", "999 B", "1.00 kB", "9.99 kB", "10.0 kB", "99.9 kB", "999 kB", "1.00 MB", "6.46 GB", "5000 TB"]
+    assert [short_size(size) for size in sizes] == shown
 
 
 def test_rows() -> None:

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spryfl.sizes import parse_rate, parse_size
+from spryfl.sizes import parse_rate, parse_size, short_size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from spryfl.plan import Plan
 
-WIDE = 140  # columns, so that a table in a file is not folded
+WIDE = 150  # columns; narrower terminals see peaks without what they are made of
 
 
 def plan(
@@ -90,57 +92,64 @@ def as_rows(plan: "Plan", model: str, bytes_per_second: int | None) -> list[dict
 def print_plan(plan: "Plan", model: str, bytes_per_second: int | None) -> None:
     """The table, the recommendation, and what the figures mean."""
     from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
 
     request = plan.request
-    budget = "" if request.budget_bytes is None else f", budget {decimal(request.budget_bytes)}"
-    title = f"{model}: {plan.num_layers} layers, batch {request.batch}, {request.tokens} tokens, LoRA r "
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDE)
-    table = Table(title=f"{title}{request.adapter.rank}{budget}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("fits", "estimator", "precision", "streamed"):
-        table.add_column(heading, no_wrap=True)
-    # A narrow terminal has room for what decides; --json has the rest.
-    parts = ("weights", "activations", "adapter") if console.width >= WIDE else ()
-    sizes = ("peak", *parts, "time", "read", "up", "down")
-    for heading in (*sizes, *(() if bytes_per_second is None else ("transfer",))):
-        table.add_column(heading, justify="right", no_wrap=True)
-    last = None
-    for row in plan.rows:
-        if last not in (None, (row.precision, row.streamed)):
-            table.add_section()
-        last = (row.precision, row.streamed)
-        fits = row.fits(request.budget_bytes)
-        figures = [row.weights_bytes, row.activation_bytes, row.adapter_bytes] if parts else []
-        process_bytes = row.process_bytes
-        table.add_row(
-            "→" if row is plan.recommended else "✓" if fits else "",
-            row.estimator,
-            row.precision,
-            "yes" if row.streamed else "",
-            *map(_short, (row.peak_bytes, *figures)),
-            f"{row.relative_time:.2f}x",
-            *map(_short, (row.read_bytes, row.bytes_up, row.bytes_down)),
-            *(() if bytes_per_second is None else (f"{row.transfer_bytes / bytes_per_second:.2f} s",)),
-            style="bold" if row is plan.recommended else None if fits else "dim",
-        )
-    console.print(table)
+    console.print(plan_table(plan, model, bytes_per_second, split=console.width >= WIDE))
     chosen = plan.require_fit()
     for line in (
         f"→ {plan.reason}{f' It {chosen.note}.' if chosen.note else ''}",
-        "Peak is the resident peak of a client: weights, activations, adapter and optimizer, and the process itself, "
-        f"{_short(process_bytes)}.",
-        "Time is a step's floating-point operations over inference's; unpacking and reading weights are not in it.",
-        "Up and down are a client's round of values; "
-        f"as slopes, forward and zeroth_order send {decimal(4 * request.num_tangents)} a step up.",
+        "Peak: a client's resident peak, the sum of weights, activations (unpacked weights included), adapter with its "
+        f"optimizer, and {short_size(chosen.process_bytes)} of the process without a model.",
+        "Time: a step's floating-point operations over inference's, without unpacking and reading weights. Read: from "
+        "disk, a step.",
+        "Up, down: a client's round, as values; as slopes, forward and zeroth_order send "
+        f"{short_size(4 * request.num_tangents)} a step up.",
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _short(count: int) -> str:
-    """Bytes in few characters: 4.0MB; nothing for none."""
-    from rich.filesize import decimal
+def plan_table(plan: "Plan", model: str, bytes_per_second: int | None, split: bool) -> "Table":
+    """One row a way to train.
 
-    return decimal(count).replace(" bytes", "B").replace(" ", "") if count else ""
+    Args:
+        split: show what each peak is made of.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    request = plan.request
+    title = f"{model}: {plan.num_layers} layers, batch {request.batch}, {request.tokens} tokens, K = "
+    title += f"{request.num_tangents}, LoRA r {request.adapter.rank}"
+    title += "" if request.budget_bytes is None else f", budget {short_size(request.budget_bytes)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table.add_column("", min_width=1)
+    for heading in ("estimator", "weights are"):
+        table.add_column(heading, no_wrap=True)
+    parts = ("weights", "activations", "adapter", "process") if split else ()
+    transfer = () if bytes_per_second is None else ("transfer",)
+    for heading in ("peak", *parts, "time", "read", "up", "down", *transfer):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def size(count: int) -> str:
+        return short_size(count) if count else ""
+
+    for row in plan.rows:
+        fits, chosen = row.fits(request.budget_bytes), row is plan.recommended
+        figures = (row.weights_bytes, row.activation_bytes, row.adapter_bytes, row.process_bytes) if split else ()
+        table.add_row(
+            "→" if chosen else "✓" if fits else "",
+            row.estimator,
+            f"{row.precision}, streamed" if row.streamed else row.precision,
+            size(row.peak_bytes),
+            *map(size, figures),
+            f"{row.relative_time:.2f} x",
+            size(row.read_bytes),
+            size(row.bytes_up),
+            size(row.bytes_down),
+            *(f"{row.transfer_bytes / bytes_per_second:.2f} s" for _ in transfer if bytes_per_second),
+            style="bold" if chosen else None if fits else "dim",
+        )
+    return table

@@ -1,0 +1,149 @@
+"""What is recommended on hand-made budgets, what weights take, and a plan as a whole."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from families import FAMILIES
+from spryfl.config import AdapterConfig
+from spryfl.errors import ConfigError
+from spryfl.memory.meter import weight_bytes
+from spryfl.memory.plan import PassCost, Prediction, least, recommend
+from spryfl.models.weights import count_weights
+from spryfl.plan import Plan, PlanRequest, make_plan
+
+PRECISIONS = ("float32", "bfloat16", "int8", "nf4")
+
+
+def row(estimator: str, precision: str, peak: int, time: float, **more: Any) -> Prediction:
+    """A row whose weights are all but 40 bytes of its peak."""
+    row = Prediction(estimator, precision, False, peak - 40, 30, 6, 4, time, 0, 0, None, 0)
+    return replace(row, **more)
+
+
+ROWS = (
+    row("inference", "nf4", 150, 1.0),
+    row("backprop", "float32", 1000, 2.0),
+    row("backprop", "nf4", 700, 2.0),
+    row("backprop_checkpointed", "float32", 650, 3.0),
+    row("backprop_checkpointed", "nf4", 400, 3.0),
+    row("backprop_checkpointed", "nf4", 350, 3.0, streamed=True, read_bytes=9),
+    row("forward", "float32", 330, 2.05),
+    row("forward", "bfloat16", 300, 2.05),
+    row("forward", "nf4", 250, 2.05),
+    row("zeroth_order", "nf4", 200, 2.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (None, 1),  # the fastest exact gradient, in full precision
+        (1000, 1),
+        (999, 2),  # packed weights before checkpointing: less time
+        (650, 3),
+        (649, 4),
+        (399, 5),  # exact, though streamed, before forward
+        (349, 6),
+        (329, 7),
+        (299, 8),
+        (249, 9),
+        (199, None),  # inference does not train
+    ],
+)
+def test_recommended(budget: int | None, expected: int | None) -> None:
+    assert recommend(ROWS, budget, PRECISIONS) is (None if expected is None else ROWS[expected])
+    assert recommend(ROWS[::-1], budget, PRECISIONS) is (None if expected is None else ROWS[expected])
+
+
+def test_what_fits_nothing_is_told_the_least() -> None:
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    request = PlanRequest(config, AdapterConfig(), 8, 16, budget_bytes=180)
+    with pytest.raises(ConfigError, match=r"zeroth_order, nf4 with 200 bytes: raise .* or lower --batch or --tokens"):
+        Plan(request, ROWS, None, 2).require_fit()
+    with pytest.raises(ConfigError, match="alone take 170 bytes, whatever the batch"):
+        Plan(replace(request, budget_bytes=99), ROWS, None, 2).require_fit()
+    assert least(ROWS) is ROWS[-1]
+
+
+def test_costs_through_two_depths() -> None:
+    cost = PassCost.through({2: (100, 30), 3: (110, 42)})
+    assert (cost.peak_at(5), cost.flops_at(5), cost.flops_at(1)) == (130, 66, 18)
+    alone = PassCost.through({7: (100, 70)})
+    assert (alone.peak_at(5), alone.flops_at(5)) == (100, 50)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_counted_as_they_are(family: str) -> None:
+    config = FAMILIES[family]()
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    head = [name for name in ("classifier", "score", "pre_classifier") if hasattr(model, name)]
+    trained = sum(p.numel() * 2 for name in head for p in model.get_submodule(name).parameters())
+    model.requires_grad_(False)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    counted = count_weights(config, "bfloat16", torch.bfloat16, 10)
+    assert counted.resident == weight_bytes(model) - buffers - trained
+    assert counted.shared == (family == "albert")
+    # All layers but two stay on disk, and at most ten rows of each embedding are looked up.
+    assert counted.streamed <= counted.resident
+    packed = count_weights(config, "nf4", torch.bfloat16, 10)
+    assert sum(packed.layers) < 0.4 * sum(counted.layers)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=128,
+        use_cache=False,
+    )
+    return make_plan(PlanRequest(config, AdapterConfig(rank=2), 2, 32, num_tangents=3, cohort_size=4))
+
+
+def test_a_plan_names_every_way(plan: Plan) -> None:
+    ways = {(r.estimator, r.precision, r.streamed) for r in plan.rows}
+    assert len(ways) == len(plan.rows) == 42
+    assert ("backprop", "nf4", True) not in ways  # autograd refers to every layer's weights
+    assert ("zeroth_order", "bfloat16", False) not in ways
+    assert plan.recommended is not None
+    assert plan.recommended.name == "backprop, float32"
+    assert "fastest exact gradient" in plan.reason
+
+
+def test_traffic_is_what_messages_count(plan: Plan) -> None:
+    """LoRA r 2 on query and value of 6 layers, 12 units over 4 clients, and a head of 2 x 64."""
+    unit = 2 * (64 + 64)
+    head = 2 * 64
+    for r in plan.rows:
+        if r.trains:
+            assert r.bytes_down == 4 * (12 * unit + head) + 8
+            assert r.bytes_up == 4 * (3 * unit + head)
+        assert r.bytes_up_slopes == (12 if r.estimator in ("forward", "zeroth_order") else None)
+
+
+def test_what_lies_below_a_clients_units_costs_inference(plan: Plan) -> None:
+    alone = make_plan(replace(plan.request, cohort_size=1))
+    for ours, theirs in zip(plan.rows, alone.rows, strict=True):
+        assert ours.peak_bytes == theirs.peak_bytes
+        if ours.estimator in ("forward", "backprop", "backprop_checkpointed"):
+            assert 1 < ours.relative_time < theirs.relative_time
+    times = {r.estimator: r.relative_time for r in alone.rows}
+    assert times["zeroth_order"] == 6
+
+
+def test_streaming_and_budgets_take_less(plan: Plan) -> None:
+    rows = {(r.estimator, r.precision, r.streamed): r for r in plan.rows}
+    for r in plan.rows:
+        if r.streamed:
+            assert r.weights_bytes < rows[r.estimator, r.precision, False].weights_bytes
+            assert r.read_bytes > 0
+    kept = rows["backprop_budgeted", "float32", False]
+    assert kept.activation_bytes < rows["backprop_checkpointed", "float32", False].activation_bytes
+    assert kept.relative_time > rows["backprop_checkpointed", "float32", False].relative_time
+    assert "keeps 2 of 6" in kept.note
