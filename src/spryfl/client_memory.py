@@ -1,125 +1,179 @@
-"""What clients of stated memory can hold in a run, by the same predictions as `spry plan`'s."""
+"""What each client has the memory for: predictions (`models.dry_run`) against the budgets that clients state."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
+from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
-from spryfl.federated.capacity import Capacity, ClientSettings
-from spryfl.federated.method import Estimator
+from spryfl.federated.fitting import PassSettings
+from spryfl.federated.method import METHODS
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES
-from spryfl.gradients.backprop import Checkpointing
-from spryfl.memory.plan import PROCESS_BYTES, PassCost, adapter_state_bytes
-from spryfl.models.dry_run import DryRun
-from spryfl.models.units import HEAD
+from spryfl.memory.plan import PROCESS_BYTES, adapter_state_bytes
+from spryfl.models.dry_run import DryRun, Work
+from spryfl.models.layers import transformer_layers
+from spryfl.models.loading import AdaptedModel
+from spryfl.models.quantization import kind_of, stored_config
+from spryfl.models.units import Unit
+from spryfl.models.weights import Precision, count_weights
 
-CHUNK_STEPS = (1, 4, 16, 64)  # the default budget of temporaries over these
+Passes = Literal["forward", "zeroth_order", "backprop", "per_layer", "budgeted"]
+SMALLER_CHUNKS = (DEFAULT_CHUNK_BYTES, 8 * 2**20, 2 * 2**20, 2**19)
 
 
 @dataclass(frozen=True)
-class ClientWork:
-    """What every client of a run does.
+class ClientMemory:
+    """Tells which units a client can train together, and with which settings: `fit` is the round loop's `Fit`.
 
     Attributes:
-        layers: by unit, from the lowest up: how many layers lie below it; None for the head.
-        weights_bytes: frozen; of a streamed model, what of them is resident at a time.
-        num_tangents: K that is wanted.
-        kept_bytes: of layer inputs, for checkpointing within a budget.
+        budgets: resident bytes, dealt to clients in turn: client i has budget i modulo their number.
+        dry: of the largest batch.
+        passes: what the estimator runs.
+        num_tangents: K of the run; a client without the memory takes half of it, a quarter, .. down to 1.
+        weights_bytes: frozen weights resident at a time.
+        values: unit -> how many values it trains.
+        layer: unit -> its layer; None for one above all layers (the head).
+        checkpoint_budget_bytes: of passes "budgeted".
     """
 
+    budgets: Sequence[int]
     dry: DryRun
-    layers: dict[str, int | None]
-    weights_bytes: int
-    streamed: bool
-    estimator: Estimator
-    checkpointing: Checkpointing
+    passes: Passes
     num_tangents: int
-    kept_bytes: int | None
+    weights_bytes: int
+    values: Mapping[str, int]
+    layer: Mapping[str, int | None]
+    checkpoint_budget_bytes: int = 0
+    _known: dict[tuple[int, int, int], int] = field(default_factory=dict)
+
+    def budget(self, client: int) -> int:
+        """Resident bytes of a client."""
+        return self.budgets[client % len(self.budgets)]
+
+    def fit(self, client: int, units: Sequence[str]) -> PassSettings | None:
+        """The settings that cost a client the least of its progress: most tangents first, then largest chunks."""
+        return self.within(self.budget(client), units)
+
+    def within(self, budget: int, units: Sequence[str]) -> PassSettings | None:
+        """As `fit`, for a budget."""
+        for k in self._tangents():
+            for chunk_bytes in SMALLER_CHUNKS:
+                if self.peak_bytes(units, k, chunk_bytes) <= budget:
+                    return PassSettings(k if self._has_slopes else None, chunk_bytes)
+        return None
+
+    def peak_bytes(self, units: Sequence[str], k: int, chunk_bytes: int) -> int:
+        """The predicted resident peak of training these units together."""
+        own = sum(self.values[unit] for unit in units)
+        everyone = sum(self.values.values())
+        adapter = adapter_state_bytes(own, self.dry.work.dtype.itemsize) + 4 * (everyone - own)
+        # Every tangent is as large as what it perturbs, drawn in float32 and held in the model's type.
+        tangents = k * own * (4 + self.dry.work.dtype.itemsize) if self.passes == "forward" else 0
+        lowest = min((self.layer[unit] or 0 for unit in units if self.layer[unit] is not None), default=None)
+        depth = 0 if lowest is None else self.dry.work.num_layers - lowest
+        return PROCESS_BYTES + self.weights_bytes + adapter + tangents + self._activations(depth, k, chunk_bytes)
+
+    def require_some(self, units: Sequence[str], shared: Sequence[str]) -> tuple[str, ...]:
+        """Units that no budget holds.
+
+        Raises:
+            ConfigError: a client can hold no unit at all; names the least that would do.
+        """
+        dealt = [unit for unit in units if unit not in shared] or list(units)
+        held = {
+            budget: {unit for unit in dealt if self.within(budget, [unit, *shared]) is not None}
+            for budget in dict.fromkeys(self.budgets)
+        }
+        poorest = next((budget for budget, found in held.items() if not found), None)
+        if poorest is not None:
+            least = min(self.peak_bytes([unit, *shared], 1, SMALLER_CHUNKS[-1]) for unit in dealt)
+            raise ConfigError(
+                f"clients.memory: {poorest:,} bytes hold no unit of this model; the least is {least:,} bytes, of which "
+                f"{PROCESS_BYTES:,} are the process and {self.weights_bytes:,} weights. Raise it, lower "
+                "local.batch_size or data.max_tokens, or set model.quantization or model.streamed"
+            )
+        return tuple(unit for unit in dealt if not any(unit in found for found in held.values()))
 
     @property
-    def fixed_bytes(self) -> int:
-        """Of the process, the weights, the adapter and its optimizer."""
-        size = self.dry.adapter
-        trained = adapter_state_bytes(size.unit_values + size.head_values, self.dry.work.dtype.itemsize)
-        return PROCESS_BYTES + self.weights_bytes + trained
+    def _has_slopes(self) -> bool:
+        return self.passes in ("forward", "zeroth_order")
 
-    def activations(self, settings: ClientSettings, below: int | None) -> int:
-        """Predicted peak of a step whose lowest trained unit has so many layers below it; None: the head alone."""
-        depth, itemsize = self.dry.work.num_layers, self.dry.work.dtype.itemsize
-        inference = self.dry.inference(settings.chunk_bytes).peak_at(depth)
-        if self.estimator == "zeroth_order":
+    def _tangents(self) -> list[int]:
+        """K, K / 2, .., 1 where they cost memory; else K alone."""
+        if self.passes != "forward":
+            return [self.num_tangents]
+        found = [self.num_tangents]
+        while found[-1] > 1:
+            found.append(found[-1] // 2)
+        return found
+
+    def _activations(self, depth: int, k: int, chunk_bytes: int) -> int:
+        """Peak of a pass that has gradients to find in the uppermost `depth` layers."""
+        key = (depth, k, chunk_bytes)
+        if key not in self._known:
+            self._known[key] = self._predicted(depth, k, chunk_bytes)
+        return self._known[key]
+
+    def _predicted(self, depth: int, k: int, chunk_bytes: int) -> int:
+        whole = self.dry.work.num_layers
+        inference = self.dry.inference(chunk_bytes).peak_at(whole)
+        if self.passes == "zeroth_order" or depth == 0:
             return inference
-        if below is None:
-            k, head = settings.num_tangents, self.dry.adapter.head_values
-            return inference + head * ((1 + k) * itemsize + 4 * k)
-        own = self._pass(settings).peak_at(depth - below) - self._not_kept(depth - below)
-        return max(inference, own)
-
-    def _pass(self, settings: ClientSettings) -> PassCost:
-        if self.estimator == "forward":
-            return self.dry.forward(settings.num_tangents, settings.chunk_bytes)
-        return self.dry.backprop(self.checkpointing != "none", settings.chunk_bytes)
-
-    def _not_kept(self, depth: int) -> int:
-        """What checkpointing within a budget saves on checkpointing per layer."""
-        if self.estimator != "backprop" or self.kept_bytes is None:
-            return 0
+        if self.passes == "forward":
+            return max(inference, self.dry.forward(k, chunk_bytes).peak_at(whole))
+        cost = self.dry.backprop(self.passes != "backprop", chunk_bytes)
+        if self.passes != "budgeted":
+            return max(inference, cost.peak_at(depth))
         state = self.dry.work.state_bytes
-        return max(0, depth - self.kept_bytes // state) * state
+        kept = min(depth, max(1, self.checkpoint_budget_bytes // state))
+        return max(inference, cost.peak_at(depth) - (depth - kept) * state)
 
 
-def client_capacity(work: ClientWork, budgets: Sequence[int]) -> Capacity:
-    """What each budget can hold, under the fewest settings that leave no better choice to any of them.
-
-    Raises:
-        ConfigError: some budget holds no unit under any settings.
-    """
-    settings, peaks = [], []
-    for candidate in _settings(work):
-        settings.append(candidate)
-        peaks.append(_peaks(work, candidate))
-        if max(peaks[-1]) <= min(budgets):
-            break  # whatever comes after would only be slower
-    by_unit = dict(zip(work.layers, zip(*peaks, strict=True), strict=True))
-    capacity = Capacity(tuple(budgets), tuple(settings), by_unit)
-    if min(budgets) < capacity.least():
-        raise ConfigError(
-            f"clients.memory: a client with {min(budgets):,} bytes can train no unit. The least takes "
-            f"{capacity.least():,} bytes, {work.fixed_bytes:,} of them for process, weights and adapter: raise it to "
-            "that, or lower local.batch_size or data.max_tokens"
-        )
-    return capacity
-
-
-def _settings(work: ClientWork) -> Iterator[ClientSettings]:
-    """From the most wanted to the least: smaller chunks cost a little time, fewer tangents cost accuracy."""
-    k = work.num_tangents
-    while True:
-        for step in CHUNK_STEPS:
-            yield ClientSettings(k, DEFAULT_CHUNK_BYTES // step, work.streamed)
-        if k == 1 or work.estimator != "forward":  # finite differences take their directions one by one
-            return
-        k //= 2
-
-
-def _peaks(work: ClientWork, settings: ClientSettings) -> list[int]:
-    """By unit, what a client takes whose lowest unit it is: no unit takes more than those below it."""
-    own = [work.fixed_bytes + work.activations(settings, below) for below in work.layers.values()]
-    return list(accumulate(reversed(own), max))[::-1]
-
-
-def layers_below(units: Sequence[str], layer_paths: Sequence[str]) -> dict[str, int | None]:
-    """By unit, how many layers lie below it: None for the head, 0 for what lies in no layer.
+def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: int) -> ClientMemory:
+    """The predictions for a run.
 
     Args:
-        layer_paths: of the repeated layers, in the order a forward pass calls them; a shared one counts where it is
-            called first.
+        config: states the budgets, the method and its settings.
+        batch, tokens: of the largest batch of any client, padding included.
     """
-    first = {path: layer_paths.index(path) for path in layer_paths}
+    model, method = adapted.model, METHODS[config.method.name]
+    stored = stored_config(model.config, config.model.name)
+    kind = config.model.quantization if stored is None else kind_of(stored)
+    packed = kind != "none"
+    precision = cast(Precision, kind if packed else str(adapted.dtype).removeprefix("torch."))
+    head = _head_modules(adapted)
+    weights = count_weights(model.config, precision, adapted.dtype, batch * tokens, head)
+    work = Work(model.config, config.adapter, batch, tokens, adapted.dtype, packed, head)
+    by_checkpointing: dict[str, Passes] = {"none": "backprop", "per_layer": "per_layer", "budgeted": "budgeted"}
+    with_slopes: dict[str, Passes] = {"forward": "forward", "zeroth_order": "zeroth_order"}
+    return ClientMemory(
+        budgets=config.clients.memory,
+        dry=DryRun(work),
+        passes=with_slopes.get(method.estimator) or by_checkpointing[config.method.checkpointing],
+        num_tangents=config.method.num_tangents,
+        weights_bytes=weights.streamed if config.model.streamed else weights.resident,
+        values={unit.name: _num_values(adapted, unit) for unit in adapted.units},
+        layer=_layers_of(adapted),
+        checkpoint_budget_bytes=config.method.budget or 0,
+    )
 
-    def below(unit: str) -> int | None:
-        if unit == HEAD:
-            return None
-        return next((place for path, place in first.items() if unit.startswith(f"{path}.")), 0)
 
-    return {unit: below(unit) for unit in units}
+def _head_modules(adapted: AdaptedModel) -> tuple[str, ...]:
+    """Paths, in the base model, of the modules trained in full."""
+    names = [name for unit in adapted.units if unit.is_head for name in unit.parameters]
+    paths = (name.partition(".modules_to_save.")[0].removeprefix("base_model.model.") for name in names)
+    return tuple(dict.fromkeys(paths))
+
+
+def _num_values(adapted: AdaptedModel, unit: Unit) -> int:
+    return sum(adapted.model.get_parameter(name).numel() for name in unit.parameters)
+
+
+def _layers_of(adapted: AdaptedModel) -> dict[str, int | None]:
+    """Unit -> the number of the layer it lies in; None outside all. Of a shared layer, the lowest call."""
+    numbers = {layer: number for number, layer in enumerate(transformer_layers(adapted.model))}
+    paths = {f"{path}.": numbers[module] for path, module in adapted.model.named_modules() if module in numbers}
+    found: dict[str, int | None] = {}
+    for unit in adapted.units:
+        found[unit.name] = next((n for path, n in paths.items() if unit.parameters[0].startswith(path)), None)
+    return found

@@ -156,19 +156,19 @@ class EvaluationConfig(Part):
     batch_size: Positive = 64
 
 
+class ClientsConfig(Part):
+    """What the clients' machines are."""
+
+    memory: tuple[Size, ...] = Field(
+        (), description="resident memory, dealt to clients in turn: ['700MB', '2GB']; by default it is no matter"
+    )
+
+
 class RuntimeConfig(Part):
     """Where clients run on this machine."""
 
     num_workers: Positive = Field(1, description="processes; each holds a copy of the model, so 1 for large ones")
     num_threads: Positive | None = Field(None, description="of each process; PyTorch's choice by default")
-
-
-class ClientsConfig(Part):
-    """What clients' machines can hold."""
-
-    memory: tuple[Size, ...] = Field(
-        (), description="budgets such as ['700MiB', '2GiB'], dealt to clients in turn; none by default"
-    )
 
 
 class CompareConfig(Part):
@@ -188,11 +188,11 @@ class RunConfig(Part):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
-    clients: ClientsConfig = ClientsConfig()
     method: MethodConfig = MethodConfig()
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    clients: ClientsConfig = ClientsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     compare: tuple[CompareConfig, ...] = ()
 

@@ -6,7 +6,6 @@ Everything with a side effect is put together here; what it calls is pure or one
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     bench = Workbench.from_config(config)
-    federation = bench.federation  # impossible client budgets show before anything is evaluated or written
     state = directory.read_checkpoint() or bench.initial_state()
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
     for observer in observers:
@@ -51,7 +49,7 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     with _runtime(bench, observers) as runtime:
         while state.round < config.server.num_rounds:
             started = time.perf_counter()
-            state, report = run_round(state, federation, runtime)
+            state, report = run_round(state, bench.federation, runtime)
             due = state.round % config.evaluation.every == 0 or state.round == config.server.num_rounds
             evaluated = bench.evaluate(state.values) if due else (None, None)
             event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
@@ -140,7 +138,6 @@ def _round_event(
         refused=tuple(f"{f.client}: {f.reason}" for f in report.refused),
         untrained=report.untrained,
         unheld=report.unheld,
-        settings=tuple({"client": client} | asdict(chosen) for client, chosen in sorted(report.settings.items())),
     )
 
 
@@ -163,6 +160,7 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         estimator=method.estimator,
         checkpointing=config.method.checkpointing if method.estimator == "backprop" else None,
         checkpoint_budget_bytes=config.method.budget if method.estimator == "backprop" else None,
+        unheld_units=bench.unheld_units,
         num_clients=bench.federation.num_clients,
         cohort_size=bench.federation.cohort_size,
         accuracy_before=_known(events[0].accuracy),
@@ -180,8 +178,6 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         num_failures=sum(len(event.failures) for event in rounds),
         num_refused=sum(len(event.refused) for event in rounds),
         run_directory=str(directory.path),
-        client_memory=config.clients.memory,
-        unheld=() if bench.capacity is None else bench.capacity.unheld(range(bench.federation.num_clients)),
     )
 
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
-from spryfl.client_memory import ClientWork, client_capacity, layers_below
+from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.classification import Batch, Classification, Examples, tokenize
 from spryfl.data.loading import load_rows
 from spryfl.data.partition import Partition, partition_rows
 from spryfl.errors import ConfigError, DataError, nearest
-from spryfl.federated.capacity import Capacity
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import FederatedState, Federation
@@ -26,13 +25,10 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.gradients.zeroth_order import ZerothOrder
-from spryfl.memory.meter import weight_bytes
 from spryfl.models.adapters import dropout_modules
-from spryfl.models.dry_run import DryRun, Work
 from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel, load_model
 from spryfl.models.units import HEAD, parameters_of
-from spryfl.models.weights import PACKED, count_weights, precision_of
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
     "forward": lambda config: ForwardGradient(config.method.num_tangents),
@@ -99,6 +95,7 @@ class Workbench:
             partition,
         )
         bench._require_budget()
+        bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench
 
     def _require_budget(self) -> None:
@@ -116,6 +113,21 @@ class Workbench:
             )
 
     @cached_property
+    def client_memory(self) -> ClientMemory | None:
+        """What each client has the memory for; None where the configuration states none."""
+        if not self.config.clients.memory:
+            return None
+        batch = max(min(self.config.local.batch_size, len(self.partition[c])) for c in range(len(self.partition)))
+        tokens = max(len(encoding["input_ids"]) for encoding in self.train.encodings)
+        return client_memory(self.config, self.adapted, batch, tokens)
+
+    @cached_property
+    def unheld_units(self) -> tuple[str, ...]:
+        """Units that no client has the memory for; they stay as they are."""
+        memory, federation = self.client_memory, self.federation
+        return () if memory is None else memory.require_some(list(federation.units), federation.shared)
+
+    @cached_property
     def federation(self) -> Federation:
         """The part of the configuration that the round loop needs."""
         config, method = self.config, METHODS[self.config.method.name]
@@ -131,6 +143,7 @@ class Workbench:
             rotate=config.method.rotate,
             upload=config.method.upload or method.upload,
             training=self.training,
+            fit=None if self.client_memory is None else self.client_memory.fit,
             server=ServerUpdate(
                 kind=server,
                 learning_rate=config.server.learning_rate or default_learning_rate(server, method.pace),
@@ -138,46 +151,6 @@ class Workbench:
                 beta2=config.server.beta2,
                 tau=config.server.tau,
             ),
-            capacity=self.capacity,
-        )
-
-    @cached_property
-    def capacity(self) -> Capacity | None:
-        """What each client can hold; None where no memory is stated.
-
-        Raises:
-            ConfigError: a stated memory holds no unit.
-        """
-        if not self.config.clients.memory:
-            return None
-        config, model, method = self.config, self.adapted.model, METHODS[self.config.method.name]
-        base, peft = model.get_base_model(), model.peft_config["default"]
-        tokens = max(len(encoding["input_ids"]) for encoding in self.train.encodings)
-        precision = precision_of(base, self.adapted.dtype)
-        head = tuple(peft.modules_to_save or ())
-        work = Work(
-            base.config, config.adapter, config.local.batch_size, tokens, self.adapted.dtype, precision in PACKED, head
-        )
-        weights = weight_bytes(model)
-        streamed = self.adapted.streamed is not None
-        if streamed:
-            num_tokens = config.local.batch_size * tokens
-            weights = count_weights(base.config, precision, self.adapted.dtype, num_tokens, head).streamed
-        paths = {module: path for path, module in base.named_modules()}
-        return client_capacity(
-            ClientWork(
-                dry=DryRun(work),
-                layers=layers_below(
-                    [unit.name for unit in self.adapted.units], [paths[layer] for layer in layer_calls(base)]
-                ),
-                weights_bytes=weights,
-                streamed=streamed,
-                estimator=method.estimator,
-                checkpointing=config.method.checkpointing,
-                num_tangents=config.method.num_tangents,
-                kept_bytes=config.method.budget,
-            ),
-            config.clients.memory,
         )
 
     @cached_property

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from spryfl.bench.memory_report import headline
+
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -33,6 +35,8 @@ def small(arguments: list[str]) -> list[str]:
     """The same command on less work."""
     if arguments[0] == "run" and "--resume" not in arguments:
         return arguments + [part for key, value in SMALL_RUN.items() for part in ("--set", f"{key}={value}")]
+    if arguments[0] == "quantize":
+        pytest.importorskip("bitsandbytes")
     if arguments[:2] == ["bench", "step"]:
         return [*arguments, "--layers", "1", "--tokens", "16", "--repeats", "1"]
     return arguments
@@ -51,6 +55,12 @@ def test_make_knows_the_readmes_targets(command: str) -> None:
     assert done.returncode == 0, done.stderr
     if command == "make demo":
         assert "spry run demo" in done.stdout
+
+
+def test_the_readmes_figures_are_the_results() -> None:
+    rows = json.loads((ROOT / "docs/results/memory.json").read_text())
+    block = (ROOT / "README.md").read_text().split("<!-- memory -->\n")[1].split("<!-- /memory -->")[0]
+    assert block == headline(rows)
 
 
 def test_the_readmes_spry_commands_in_their_order(tmp_path: Path) -> None:

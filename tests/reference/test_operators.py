@@ -12,7 +12,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from spryfl.forward_mode.attention import attention
+from spryfl.forward_mode.attention import attention, attention_forward
 from spryfl.forward_mode.budget import ATTENTION_SHARE, FEED_FORWARD_SHARE, chunks_of
 from spryfl.forward_mode.dual import make_dual, split
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
@@ -252,3 +252,18 @@ def test_chunks_of_rows_change_no_result_and_reuse_the_hidden_state() -> None:
     assert torch.allclose(plain, expected[0], atol=1e-12)
     assert torch.allclose(output.stacked, expected, atol=1e-12)
     assert output is dual  # its memory is used again
+
+
+def test_whose_causality_counts_beside_a_mask_of_padding() -> None:
+    """A module that says it is causal is; one that says nothing is an encoder with a mask of its own."""
+    q, k, v = (normal(2, 4, 7, 5, seed=i) for i in range(3))
+    padding = MASKS["padding"]
+    for is_causal, mask in ((True, padding), (None, padding), (True, torch.zeros_like(padding, dtype=q.dtype))):
+        module = nn.Module()
+        if is_causal is not None:
+            module.is_causal = is_causal
+        expected = plain_attention(q, k, v, mask, bool(is_causal), 5**-0.5)
+        plain, _ = attention_forward(module, q, k, v, mask)
+        dual, _ = attention_forward(module, make_dual(q, torch.zeros_like(q).unsqueeze(0)), k, v, mask)
+        assert torch.allclose(plain, expected, atol=1e-12)
+        assert torch.allclose(split(dual)[0], expected, atol=1e-12)

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spryfl.federated.aggregation import Contribution, weighted_mean
-from spryfl.federated.assignment import assign_all, assign_held, assign_split, assign_units
-from spryfl.federated.capacity import Capacity, ClientSettings
+from spryfl.federated.assignment import assign_all, assign_split, assign_units
 from spryfl.federated.sampling import sample_cohort
 from spryfl.federated.server_optimizer import ServerUpdate
 
@@ -40,60 +39,6 @@ def test_every_client_works_and_every_unit_is_trained(num_units: int, num_client
     copies = [sum(unit in own for own in assigned.values()) for unit in units]
     assert max(copies) - min(copies) <= 1  # as even as can be
     assert assign_all(units, [1, 2], start) == {1: tuple(units), 2: tuple(units)}
-
-
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 100), st.sampled_from(["split", "all"]), st.booleans())
-def test_clients_that_hold_everything_are_assigned_as_ever(
-    num_units: int, num_clients: int, start: int, kind: str, head: bool
-) -> None:
-    units = [*(f"u{i}" for i in range(num_units)), *(["head"] if head else [])]
-    cohort, shared = list(range(7, 7 + num_clients)), ["head"] if head else []
-    assigned, unheld = assign_held(kind, units, cohort, start, shared, lambda client, unit: True)
-    assert assigned == assign_units(kind, units, cohort, start, shared)
-    assert unheld == ()
-
-
-@given(st.integers(1, 12), st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(0, 100))
-def test_every_unit_that_somebody_can_hold_is_trained(num_units: int, lowest: list[int], start: int) -> None:
-    """Client m holds the units from lowest[m] on."""
-    units = [f"u{i}" for i in range(num_units)]
-    cohort = list(range(len(lowest)))
-
-    def holds(client: int, unit: str) -> bool:
-        return units.index(unit) >= lowest[client]
-
-    assigned, unheld = assign_held("split", units, cohort, start, [], holds)
-    assert unheld == tuple(units[: min(lowest)])
-    assert {unit for own in assigned.values() for unit in own} == set(units) - set(unheld)
-    assert all(holds(client, unit) for client, own in assigned.items() for unit in own)
-    assert set(assigned) == {client for client in cohort if lowest[client] < num_units}  # and nobody able goes idle
-
-
-def test_scarce_units_go_to_those_that_can_hold_them() -> None:
-    """Client 3 is small: it holds the upper half. The large one takes the lower, so both have two."""
-    units = ["u0", "u1", "u2", "u3", "head"]
-
-    def holds(client: int, unit: str) -> bool:
-        return client == 5 or unit in ("u2", "u3", "head")
-
-    assigned, unheld = assign_held("split", units, [3, 5], 0, ["head"], holds)
-    assert assigned == {3: ("u2", "u3", "head"), 5: ("u0", "u1", "head")}
-    assert unheld == ()
-    assigned, unheld = assign_held("all", units, [3, 4], 0, ["head"], holds)
-    assert assigned == {3: ("u2", "u3", "head"), 4: ("u2", "u3", "head")}
-    assert unheld == ("u0", "u1")
-
-
-def test_a_client_gets_the_most_wanted_settings_that_fit() -> None:
-    wide, narrow, single = ClientSettings(4, 1024), ClientSettings(4, 256), ClientSettings(1, 256)
-    peaks = {"u0": (100, 80, 60), "u1": (90, 70, 50), "head": (40, 40, 40)}
-    capacity = Capacity((200, 75, 65, 45), (wide, narrow, single), peaks)
-    assert [capacity.fit(client, ("u0", "u1")) for client in range(5)] == [wide, single, single, None, wide]
-    assert capacity.fit(1, ("u1", "head")) == narrow
-    assert capacity.fit(3, ("head",)) == wide
-    assert capacity.unheld([3, 7]) == ("u0", "u1")
-    assert capacity.unheld([3, 2]) == ()
-    assert capacity.least() == 40
 
 
 def test_cohorts_are_seeded_distinct_and_fair() -> None:

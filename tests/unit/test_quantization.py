@@ -253,7 +253,8 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     config = {"dtype": "float32", "num_labels": 2}
     ids = torch.arange(5, 25).view(2, 10)
     outputs = []
-    for loaded in (open_model(tmp_path / "copy", **config), open_model(Path("builtin:smollm2"), quantization="nf4")):
+    for folder, quantization in ((tmp_path / "copy", "none"), (Path("builtin:smollm2"), "nf4")):
+        loaded = open_model(folder, quantization=quantization, **config)
         with torch.inference_mode():
             outputs.append(loaded.model(input_ids=ids).logits)
     assert torch.equal(*outputs)

@@ -30,7 +30,7 @@ from spryfl.bench.works import (
 from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.memory.allocator import return_large_blocks
-from spryfl.memory.meter import MemoryMeter, resident_peak_bytes
+from spryfl.memory.meter import MemoryMeter, reset_resident_peak, resident_peak_bytes
 from spryfl.models.adapters import adapter_config, add_adapter
 from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
@@ -111,16 +111,17 @@ def _model(work: Work, cache: Path) -> nn.Module:
     folder = write_random_checkpoint(
         shape_config(work.shape, **changed), cache / f"{work.shape}-{work.precision}", work.precision, SEED
     )
+    reset_resident_peak()  # writing the checkpoint is not part of the work
     settings = ModelConfig(name=str(folder), dtype="bfloat16", streamed=work.streamed)
     return load_model(settings, AdapterConfig(), num_labels=2, seed=SEED).model
 
 
-def dense_model(config: Any) -> nn.Module:
-    """A sequence classifier of random float32 weights with LoRA r 1 on query and value."""
+def dense_model(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A lean sequence classifier of random weights with LoRA r 1 on query and value."""
     register_attention()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        base = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME)
+        base = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
         model = add_adapter(base, adapter_config(AdapterConfig(), base, head_modules(base, []))).eval()
     make_lean(model)
     return model

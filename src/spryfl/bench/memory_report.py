@@ -104,3 +104,27 @@ def plot_growth(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6, ncols=2)
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The README's table: each work's activation peaks side by side, and forward mode's resident peak."""
+    works = dict.fromkeys(row["work"] for row in rows if row["work"] not in ("growth", "truth"))
+    columns = ("inference", "forward", "backprop_budgeted", "backprop_checkpointed", "backprop")
+    lines = [
+        "| activation peak (MB) | " + " | ".join(columns) + " | forward mode's process (MB) |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
+    ]
+    for work in works:
+        known = {r["estimator"]: r for r in rows if r["work"] == work and _is_standard(r)}
+        cells = [f"{known[c]['activation_peak_bytes'] / MB:,.0f}" if c in known else "" for c in columns]
+        resident = f"{known['forward']['resident_peak_bytes'] / MB:,.0f}" if "forward" in known else ""
+        first = next(iter(known.values()), None)
+        if first is not None:
+            place = ", streamed from disk" if first["streamed"] else ""
+            size = f"{first['precision']}, batch {first['batch']}, {first['tokens']} tokens"
+            lines.append(f"| {first['model']} shape, {size}{place} | " + " | ".join(cells) + f" | {resident} |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_standard(row: Row) -> bool:
+    return "error" not in row and row["k"] == 1 and row["units"] == "all"

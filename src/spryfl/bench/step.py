@@ -1,30 +1,21 @@
-"""One step of every estimator on one model, in one run: activation peak and seconds.
+"""`spry bench step`: one step of every estimator on one model, in one process and in turn.
 
 BERT-large's shape with random weights (neither memory nor time depends on their values), LoRA r 1 on query
-and value of every layer, all of them and the head perturbed or differentiated. Forward mode, inference and
-backprop run the same model; `torch.func.jvp` needs eager attention, as PyTorch's fused one has no jvp.
+and value of every layer, all of them and the head perturbed or differentiated.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType
-from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
-from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
-from spryfl.gradients.backprop import Backprop
-from spryfl.gradients.directions import DirectionStream
-from spryfl.gradients.forward import ForwardGradient
+from spryfl.bench.measure import dense_model
+from spryfl.bench.steps import STEPS, Subject
 from spryfl.memory.meter import ActivationMeter
-from spryfl.models.adapters import add_adapter
-from spryfl.models.layers import layer_calls
-from spryfl.models.lean import make_lean
-from spryfl.models.units import parameters_of, trainable_units
+from spryfl.models.shapes import shape_config
+from spryfl.models.units import trainable_units
 
 Row = dict[str, Any]
 MB = 1e6
@@ -47,19 +38,18 @@ def measure_steps(bench: StepBench) -> list[Row]:
 
     In turn, so that a noisy neighbour slows all of them alike; the median is reported.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(bench.seed)
-        steps = _steps(bench)
+    model = dense_model(shape_config("bert-large", num_hidden_layers=bench.layers), getattr(torch, bench.dtype))
+    subject = Subject(model, trainable_units(model), bench.batch, bench.tokens, bench.seed)
     peaks, slopes = {}, {}
-    for name, step in steps.items():
+    for name, step in STEPS.items():
         with ActivationMeter() as meter:
-            slopes[name] = step()
+            slopes[name] = step(subject, 1)
         peaks[name] = meter.peak_bytes
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for _ in range(bench.repeats):
-        for name, step in steps.items():
+        for name, step in STEPS.items():
             started = time.perf_counter()
-            step()
+            step(subject, 1)
             seconds[name].append(time.perf_counter() - started)
     inference = median(seconds["inference"])
     return [
@@ -76,7 +66,7 @@ def measure_steps(bench: StepBench) -> list[Row]:
             "times_inference": median(seconds[name]) / inference,
             "slope": slopes[name],
         }
-        for name in steps
+        for name in STEPS
     ]
 
 
@@ -97,80 +87,3 @@ def as_markdown(rows: list[Row]) -> str:
             f"{row['times_inference']:.2f} | {slope} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _steps(bench: StepBench) -> dict[str, Callable[[], float | None]]:
-    """Each estimator's step; those that know it return the slope along the same tangent."""
-    model = _adapted_bert(bench, ATTENTION_NAME)
-    eager = _adapted_bert(bench, "eager")
-    eager.load_state_dict(model.state_dict())
-    make_lean(model)
-    names = parameters_of(trainable_units(model))
-    ids = torch.randint(1000, 20000, (bench.batch, bench.tokens))
-    labels = torch.randint(0, 2, (bench.batch,))
-
-    def loss(model: nn.Module) -> Tensor:
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        return nn.functional.cross_entropy(logits.float(), labels)
-
-    draw = DirectionStream(bench.seed, round=1, client=0).at_step(0)
-    tangents = {name: draw(0, name, model.get_parameter(name).shape) for name in names}
-
-    def inference() -> None:
-        with torch.inference_mode():
-            loss(model)
-
-    def forward() -> float:
-        estimate = ForwardGradient().estimate(model, loss, names, draw, bench.batch)
-        assert estimate.slopes is not None
-        return float(estimate.slopes[0])
-
-    def func_jvp() -> float:
-        return _func_jvp(eager, loss, tangents)
-
-    def backprop(estimator: Backprop) -> float:
-        gradients = estimator.estimate(model, loss, names, draw, bench.batch).gradients
-        return sum(float((gradients[name] * tangents[name]).sum()) for name in names)
-
-    return {
-        "inference": inference,
-        "forward": forward,
-        "func_jvp": func_jvp,
-        "backprop": lambda: backprop(Backprop()),
-        "backprop_checkpointed": lambda: backprop(Backprop("per_layer", layer_calls)),
-    }
-
-
-def _func_jvp(model: nn.Module, loss: Callable[[nn.Module], Tensor], tangents: dict[str, Tensor]) -> float:
-    """The slope by `torch.func.jvp` of the same model."""
-
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self) -> Tensor:
-            return loss(self.model)
-
-    wrapped = Loss()
-    values = {name: p.detach() for name, p in wrapped.named_parameters()}
-    own = {f"model.{name}": tangent.to(values[f"model.{name}"].dtype) for name, tangent in tangents.items()}
-
-    def of(perturbed: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(wrapped, values | perturbed, ())
-
-    with torch.no_grad():
-        slope = torch.func.jvp(of, ({name: values[name] for name in own},), (own,))[1]
-    return float(slope)
-
-
-def _adapted_bert(bench: StepBench, attention: str) -> nn.Module:
-    register_attention()
-    config = BertConfig(
-        hidden_size=1024, num_hidden_layers=bench.layers, num_attention_heads=16, intermediate_size=4096
-    )
-    base = BertForSequenceClassification._from_config(
-        config, attn_implementation=attention, dtype=getattr(torch, bench.dtype)
-    )
-    lora = LoraConfig(r=1, lora_alpha=1, target_modules=["query", "value"], task_type=TaskType.SEQ_CLS)
-    return add_adapter(base, lora).eval()

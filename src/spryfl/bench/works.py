@@ -63,7 +63,7 @@ WORKS: dict[str, Work] = {
     work.name: work
     for work in (
         Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), repeats=3),
-        Work("llama2-7b", "llama2-7b", "nf4", False, 8, 64, (*EVERY, *SPRY)),
+        Work("llama2-7b", "llama2-7b", "nf4", False, 8, 64, EVERY),
         Work("llama2-7b-streamed", "llama2-7b", "nf4", True, 8, 64, EVERY),
         Work("opt-13b-streamed", "opt-13b", "nf4", True, 4, 64, EVERY),
         Work("opt-13b", "opt-13b", "nf4", False, 4, 384, EVERY),
@@ -74,5 +74,5 @@ WORKS: dict[str, Work] = {
 GROWTH_SHAPE = "bert-narrow"
 GROWTH_LAYERS = (6, 12, 24, 48)
 GROWTH_TOKENS = (128, 256, 512, 1024, 2048)
-GROWTH_BATCH = 8
+GROWTH_BATCH = 2
 GROWTH_CASES = (Case("forward"), Case("backprop_checkpointed"))

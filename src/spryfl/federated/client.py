@@ -3,8 +3,8 @@
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.errors import SpryError
+from spryfl.federated.fitting import PassSettings
 from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
 from spryfl.federated.messages import ClientTask, ClientUpdate
 from spryfl.federated.method import Pace
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.directions import DirectionStream, Distribution
-from spryfl.gradients.estimator import GradientEstimator, Loss, with_tangents
+from spryfl.gradients.estimator import GradientEstimator, Loss
 
 BatchT = TypeVar("BatchT")
 
@@ -81,7 +82,7 @@ class Client(Generic[BatchT]):
         optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
         losses, slopes, num_seen, gradients = [], [], 0, {}
         random = torch.random.fork_rng(devices=self._accelerators())
-        estimator, chunks = self._settled(task)
+        estimator, chunks = self._estimator(task.settings), chunks_of(task.settings.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
             for step, rows in enumerate(self._batches(task)):
                 estimate = estimator.estimate(
@@ -109,11 +110,11 @@ class Client(Generic[BatchT]):
             seconds=time.perf_counter() - started,
         )
 
-    def _settled(self, task: ClientTask) -> tuple[GradientEstimator, AbstractContextManager[None]]:
-        """The estimator, and the chunks, that the task's settings ask for."""
-        if task.settings is None:
-            return self.estimator, nullcontext()
-        return with_tangents(self.estimator, task.settings.num_tangents), chunks_of(task.settings.chunk_bytes)
+    def _estimator(self, settings: PassSettings) -> GradientEstimator:
+        """The run's estimator, with as many tangents as this client has memory for."""
+        if settings.num_tangents is None:
+            return self.estimator
+        return replace(self.estimator, num_tangents=settings.num_tangents)  # type: ignore[type-var]
 
     def _batches(self, task: ClientTask) -> Iterator[np.ndarray]:
         """Row numbers of each local step's batch: shuffled anew each round and epoch, from the seed."""

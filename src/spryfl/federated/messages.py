@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from spryfl.federated.capacity import ClientSettings
+from spryfl.federated.fitting import PassSettings
 from spryfl.federated.method import Upload
 
 SEED_BYTES = 8
@@ -24,7 +24,7 @@ class ClientTask:
         values: present value of **every** trainable parameter, float32 on the CPU: the units trained by
             others are part of the function this client differentiates.
         upload: what to send back.
-        settings: of its estimator, where clients' memory differs; None leaves the run's own.
+        settings: with which its passes fit the client's memory.
     """
 
     round: int
@@ -34,7 +34,7 @@ class ClientTask:
     parameters: tuple[str, ...]
     values: dict[str, Tensor]
     upload: Upload
-    settings: ClientSettings | None = None
+    settings: PassSettings = field(default_factory=PassSettings)
 
     @property
     def payload_bytes(self) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from spryfl.errors import SpryError, UpdateRefusedError
 from spryfl.federated.aggregation import Contribution, weighted_mean
-from spryfl.federated.assignment import assign_held, assign_units
-from spryfl.federated.capacity import Capacity, ClientSettings
+from spryfl.federated.assignment import assign_units
 from spryfl.federated.client import LocalTraining
+from spryfl.federated.fitting import Deal, Fit, deal_within
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
 from spryfl.federated.method import Assignment, Upload
 from spryfl.federated.sampling import sample_cohort
@@ -46,7 +46,7 @@ class Federation:
         units: unit name -> its parameters, from the lowest layer up.
         shared: units every client of the cohort trains (the head, by default).
         rotate: start the cycle of units one further each round; the released code always starts at 0.
-        capacity: what clients can hold, where their memory differs.
+        fit: what a client can hold, where memory is a matter.
     """
 
     seed: int
@@ -59,7 +59,7 @@ class Federation:
     upload: Upload
     training: LocalTraining
     server: ServerUpdate
-    capacity: Capacity | None = None
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class RoundReport:
         failures: clients that returned nothing.
         refused: clients whose update failed validation, and why.
         untrained: units nobody trained; they stay as they were.
-        unheld: those of them that no client of the cohort has the memory for.
-        settings: by client, where their memory differs.
+        unheld: units no client of the cohort has the memory for.
         seconds: wall-clock time; client_seconds: the clients' computing time, added up.
     """
 
@@ -89,7 +88,6 @@ class RoundReport:
     refused: tuple[ClientFailure, ...]
     untrained: tuple[str, ...]
     unheld: tuple[str, ...] = ()
-    settings: dict[int, ClientSettings] = field(default_factory=dict)
 
 
 def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -> tuple[FederatedState, RoundReport]:
@@ -104,10 +102,14 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     # 1. Sample the cohort and assign units to its clients.
     cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
     start = state.round if federation.rotate else 0
-    assigned, unheld = _assign(federation, cohort, start)
+    assigned = assign_units(federation.assignment, list(federation.units), cohort, start, federation.shared)
+
+    deal = deal_within(assigned, list(federation.units), federation.shared, federation.fit)
+    if not deal.units:
+        raise SpryError(f"round {round}: no client of the cohort has the memory for any unit: raise clients.memory")
 
     # 2. Send each client the present values, its units' names and the seed.
-    tasks = {client: _task(state, federation, client, units) for client, units in assigned.items()}
+    tasks = {client: _task(state, federation, client, deal) for client in deal.units}
 
     # 3. Clients train; what they return is validated before anything else.
     updates, failures, refused = _collect(runtime, list(tasks.values()), federation)
@@ -137,8 +139,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         failures=tuple(failures),
         refused=tuple(refused),
         untrained=tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters)),
-        unheld=unheld,
-        settings={client: task.settings for client, task in tasks.items() if task.settings is not None},
+        unheld=deal.unheld,
     )
     return replace(state, round=round, values=values, moments=moments), report
 
@@ -166,17 +167,8 @@ def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federati
     return {name: update.tensors[name] - value for name, value in old.items()}
 
 
-def _assign(
-    federation: Federation, cohort: Sequence[int], start: int
-) -> tuple[dict[int, tuple[str, ...]], tuple[str, ...]]:
-    """Each client's units, and those that nobody in the cohort can hold."""
-    kind, units, shared = federation.assignment, list(federation.units), federation.shared
-    if federation.capacity is None:
-        return assign_units(kind, units, cohort, start, shared), ()
-    return assign_held(kind, units, cohort, start, shared, federation.capacity.holds)
-
-
-def _task(state: FederatedState, federation: Federation, client: int, units: Sequence[str]) -> ClientTask:
+def _task(state: FederatedState, federation: Federation, client: int, deal: Deal) -> ClientTask:
+    units = deal.units[client]
     return ClientTask(
         round=state.round + 1,
         client=client,
@@ -185,7 +177,7 @@ def _task(state: FederatedState, federation: Federation, client: int, units: Seq
         parameters=tuple(name for unit in units for name in federation.units[unit]),
         values=state.values,
         upload=federation.upload,
-        settings=None if federation.capacity is None else federation.capacity.fit(client, units),
+        settings=deal.settings[client],
     )
 
 
@@ -201,8 +193,8 @@ def _collect(
         if isinstance(answer, ClientFailure):
             failures.append(answer)
             continue
-        task = open_tasks.pop(answer.client, None)
         try:
+            task = open_tasks.pop(answer.client, None)
             validate_update(answer, task, _slopes_shape(answer, task, federation))
         except UpdateRefusedError as error:
             refused.append(ClientFailure(answer.client, str(error)))
@@ -215,5 +207,5 @@ def _slopes_shape(update: ClientUpdate, task: ClientTask | None, federation: Fed
     if federation.upload != "slopes":
         return None
     steps = federation.training.num_steps(update.num_examples) if isinstance(update.num_examples, int) else 1
-    settings = None if task is None else task.settings
-    return steps, federation.training.num_tangents if settings is None else settings.num_tangents
+    own = None if task is None else task.settings.num_tangents
+    return steps, own or federation.training.num_tangents

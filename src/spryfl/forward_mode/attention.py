@@ -82,12 +82,13 @@ def attention_forward(
     unsupported = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
     if unsupported:
         raise NotImplementedError(f"attention with {', '.join(unsupported)} has no forward-mode rule here (forward AD)")
-    causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
-    causal = causal and query.shape[2] > 1 and (attention_mask is None or attention_mask.shape[2] == 1)
+    # A module that does not say so is causal without a mask, as in transformers, but not beside one of padding.
+    given = is_causal if is_causal is not None else getattr(module, "is_causal", attention_mask is None)
+    causal = bool(given) and query.shape[2] > 1 and (attention_mask is None or attention_mask.shape[2] == 1)
     if num_tangents(query, key, value) == 0:
         if causal and attention_mask is not None:
-            rows = slice(0, query.shape[2])
-            attention_mask = attention_mask & _causal_mask(rows, key.shape[2], query.device)
+            whole, rows = slice(None), slice(0, query.shape[2])
+            attention_mask = _block_mask(attention_mask, causal, whole, rows, key.shape[2], query.device)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if dropout:
         raise NotImplementedError("attention dropout under forward mode: put the base model in evaluation mode")

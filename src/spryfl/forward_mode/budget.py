@@ -34,8 +34,11 @@ def tangents_in_flight() -> int:
 
 
 @contextmanager
-def chunks_of(num_bytes: int) -> Iterator[None]:
-    """Let the passes inside keep their temporaries to about this many bytes; changes no result."""
+def chunks_of(num_bytes: int | None) -> Iterator[None]:
+    """Let the passes inside keep their temporaries to about this many bytes; changes no result. None: as before."""
+    if num_bytes is None:
+        yield
+        return
     token = _chunk_bytes.set(num_bytes)
     try:
         yield

@@ -42,15 +42,16 @@ def take_rows(tree: Tree, rows: slice, num_rows: int) -> Tree:
     return tree_map_only(Tensor, take, tree)  # type: ignore[no-any-return]
 
 
-def rows_at_a_time(layer: nn.Module, hidden: Tensor, k: int) -> int:
+def rows_at_a_time(layer: nn.Module, widths: int, hidden: Tensor, k: int) -> int:
     """How many rows of the batch a layer takes at a time within the byte budget.
 
     Args:
+        widths: of the layer's linear maps outside its token-wise blocks.
         hidden: (batch, tokens, hidden).
         k: tangents that flow.
     """
     tokens = hidden.shape[1] if hidden.dim() > 2 else 1
-    row_bytes = (1 + k) * tokens * hidden.element_size() * (HIDDEN_STATES * hidden.shape[-1] + _widths(layer))
+    row_bytes = (1 + k) * tokens * hidden.element_size() * (HIDDEN_STATES * hidden.shape[-1] + widths)
     return max(1, layer_budget(layer, hidden) // row_bytes)
 
 
@@ -73,18 +74,20 @@ def chunk_layers(layers: Sequence[nn.Module]) -> None:
 def _widths(layer: nn.Module) -> int:
     """Outputs of the layer's frozen linear maps outside its token-wise blocks, which are chunked further."""
     inside = {module for block in token_wise_blocks(layer) for module in block.modules()}
-    outside: list[Any] = [m for m in layer.modules() if hasattr(m, "out_features") and m not in inside]
-    return sum(m.out_features for m in outside if isinstance(m.weight, Tensor) and not m.weight.requires_grad)
+    # An adapter's module around a linear map repeats that map's width; its own maps are trainable, and narrow.
+    linear: list[Any] = [m for m in layer.modules() if hasattr(m, "out_features") and not hasattr(m, "base_layer")]
+    frozen = [m for m in linear if isinstance(m.weight, Tensor) and not m.weight.requires_grad]
+    return sum(m.out_features for m in frozen if m not in inside)
 
 
 def _in_rows(layer: nn.Module) -> Callable[..., Any]:
-    plain = layer.forward
+    plain, widths = layer.forward, _widths(layer)
 
     @wraps(plain)
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         num_rows = hidden.shape[0]
         k = num_tangents(hidden) or tangents_in_flight()
-        if torch.is_grad_enabled() or (step := rows_at_a_time(layer, hidden, k)) >= num_rows:
+        if torch.is_grad_enabled() or (step := rows_at_a_time(layer, widths, hidden, k)) >= num_rows:
             return plain(hidden, *args, **kwargs)
         target: Tensor | None = hidden if isinstance(hidden, Dual) else None
         rest: tuple[Any, ...] | None = None

@@ -1,8 +1,8 @@
 """What an estimator is and what it returns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +51,6 @@ class GradientEstimator(Protocol):
             num_examples: rows of the batch, passed through.
         """
         ...
-
-
-def with_tangents(estimator: GradientEstimator, num_tangents: int) -> GradientEstimator:
-    """The same estimator along K directions; backprop, which has none, as it is."""
-    settings: Any = estimator
-    return replace(settings, num_tangents=num_tangents) if hasattr(settings, "num_tangents") else estimator
 
 
 def gradient_from_slopes(slopes: Tensor, shapes: Mapping[str, torch.Size], draw: Draw) -> dict[str, Tensor]:

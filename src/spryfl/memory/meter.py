@@ -68,9 +68,7 @@ class ActivationMeter(TorchDispatchMode):
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 continue
-            while torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-                leaf = torch._C._functorch.get_unwrapped(leaf)  # noqa: PLW2901  # torch.func's own wrappers
-            storage = leaf.untyped_storage()
+            storage = _unwrapped(leaf).untyped_storage()
             address = storage._cdata
             if address in self._known:
                 continue
@@ -120,8 +118,16 @@ def _storage_bytes(tensors: list[Tensor]) -> int:
         scales = [getattr(tensor, "SCB", None), *(value for table in nested for value in table.values())]
         for part in (tensor, *(scale for scale in scales if isinstance(scale, Tensor))):
             if part.device.type != "meta":
-                storages[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
+                storage = _unwrapped(part).untyped_storage()
+                storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrappers of `torch.func`, which have no storage."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 @dataclass(frozen=True)

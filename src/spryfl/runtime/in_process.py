@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from spryfl.errors import SpryError
-from spryfl.federated.capacity import ClientSettings
 from spryfl.federated.client import Client
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
 from spryfl.memory.meter import ActivationMeter
@@ -18,8 +17,7 @@ class InProcessRuntime:
         client: makes the client of a partition id.
         before_client: called before each task; the place to stop at.
         batch_tokens: the most tokens any batch of a client can have. A task is metered, which slows it
-            by a fifth or so, only when that exceeds what was metered before with the same settings and as many units:
-            activations grow with it.
+            by a fifth or so, only when that exceeds what was metered before: activations grow with it.
     """
 
     def __init__(
@@ -31,7 +29,7 @@ class InProcessRuntime:
         self._client = client
         self._before_client = before_client
         self._batch_tokens = batch_tokens
-        self._metered: dict[tuple[int, ClientSettings | None], int] = {}
+        self._metered: dict[int, int] = {}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """See `Runtime.run`. A client that raises is a failure; the others go on."""
@@ -44,10 +42,10 @@ class InProcessRuntime:
 
     def _perform(self, task: ClientTask) -> ClientUpdate:
         client = self._client(task.client)
-        tokens, kind = self._batch_tokens(task.client), (len(task.units), task.settings)
-        if tokens <= self._metered.get(kind, 0):
+        tokens, num_units = self._batch_tokens(task.client), len(task.units)
+        if tokens <= self._metered.get(num_units, 0):
             return client.update(task)
-        self._metered[kind] = tokens
+        self._metered[num_units] = tokens
         with ActivationMeter() as meter:
             update = client.update(task)
         return replace(update, peak_activation_bytes=meter.peak_bytes)

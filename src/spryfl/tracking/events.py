@@ -15,8 +15,6 @@ class RoundEvent:
         seconds: wall-clock time, evaluation included; client_seconds: computing of all clients.
         peak_activation_bytes: the largest measured so far.
         failures, refused: "client: reason".
-        untrained: units nobody trained; unheld: those that nobody in the cohort has the memory for.
-        settings: of each client, where clients' memory differs: client, num_tangents, chunk_bytes, streamed.
     """
 
     round: int
@@ -34,7 +32,6 @@ class RoundEvent:
     refused: tuple[str, ...] = ()
     untrained: tuple[str, ...] = ()
     unheld: tuple[str, ...] = ()
-    settings: tuple[dict[str, Any], ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,12 +44,7 @@ class RoundEvent:
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run; the same names as in `summary.json`.
-
-    Attributes:
-        client_memory: budgets dealt to clients in turn; none by default.
-        unheld: units that no client has the memory for; they stay as they were.
-    """
+    """A finished run; the same names as in `summary.json`."""
 
     method: str
     label: str
@@ -82,16 +74,10 @@ class Summary:
     num_refused: int
     run_directory: str
     checkpoint_budget_bytes: int | None = None
-    client_memory: tuple[int, ...] = ()
-    unheld: tuple[str, ...] = ()
+    unheld_units: tuple[str, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Summary":
-        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}
-        return cls(**known)
 
 
 class Observer(Protocol):

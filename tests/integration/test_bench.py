@@ -1,0 +1,91 @@
+"""`spry bench memory`: every estimator on a small model, resident and streamed, and going on after a stop."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spryfl.bench import memory
+from spryfl.bench.measure import measure
+from spryfl.bench.memory_report import as_markdown, plot_growth
+from spryfl.bench.works import EVERY, GROWTH_CASES, SPRY, WORKS, Case
+from spryfl.errors import SpryError
+
+FIELDS = {
+    "work", "model", "estimator", "precision", "streamed", "batch", "tokens", "layers", "k",
+    "activation_peak_bytes", "resident_peak_bytes", "seconds_per_step",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_estimator_on_a_packed_model(streamed: bool, tmp_path: Path) -> None:
+    """All find the same slope, and checkpointing keeps less than plain backprop."""
+    pytest.importorskip("bitsandbytes")
+    work = replace(WORKS["llama2-7b"], shape="smollm2-135m", layers=3, tokens=24, streamed=streamed)
+    rows = {}
+    # Streamed, plain backprop would need every layer's weights again after its visit; and bitsandbytes cannot
+    # make a packed weight inside `torch.func.jvp`.
+    impossible = ("backprop", "func_jvp") if streamed else ()
+    for case in (*EVERY, *SPRY):
+        if case.estimator not in impossible:
+            rows[case] = measure(work, case, tmp_path)
+    assert all(set(row) >= FIELDS for row in rows.values())
+    slopes = {case.estimator: row["slope"] for case, row in rows.items() if case.units == "all" and case.k == 1}
+    exact = slopes["backprop_checkpointed"]
+    for name in {"forward", "func_jvp", "backprop_budgeted", "backprop"} - {*impossible}:
+        assert slopes[name] == pytest.approx(exact, rel=0.05), name  # bfloat16
+    if streamed:
+        with pytest.raises(SpryError, match="not in memory"):
+            measure(work, Case("backprop"), tmp_path)
+        with pytest.raises(RuntimeError, match="have storage"):
+            measure(work, Case("func_jvp"), tmp_path)
+        assert rows[EVERY[1]]["weight_bytes"] < 3 * 49152 * 576  # embeddings and norms, no layer
+
+
+def test_a_stopped_bench_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def fake(arguments: list[str], cache: Path) -> list[dict[str, object]]:
+        measured.append(tuple(arguments))
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        case = WORKS[arguments[0]].cases[int(arguments[1])]
+        row = {"work": arguments[0], "estimator": case.estimator, "k": case.k, "units": case.units}
+        return [row | {"seconds_per_step": float(len(measured)), "activation_peak_bytes": len(measured)}]
+
+    monkeypatch.setattr(memory, "_in_own_process", fake)
+    partial = tmp_path / "partial.jsonl"
+    monkeypatch.setitem(WORKS, "bert-large", replace(WORKS["bert-large"], cases=EVERY[:2], repeats=3))
+    with pytest.raises(KeyboardInterrupt):
+        memory.run_works(["bert-large"], [], partial, tmp_path)
+    with partial.open("a") as handle:
+        handle.write('{"key": "torn')
+    rows = memory.run_works(["bert-large"], [], partial, tmp_path)
+    assert len(measured) == 7  # the one that was stopped is repeated, no other
+    assert [row["repeats"] for row in rows] == [3, 3]
+    assert [row["seconds_per_step"] for row in rows] == [3.0, 5.0]  # medians of 1, 3, 6 and 2, 5, 7
+    assert [row["activation_peak_bytes"] for row in rows] == [6, 7]
+    with pytest.raises(SpryError, match=r"no such work: bert. There are: bert-large, "):
+        memory.run_works(["bert"], [], partial, tmp_path)
+
+
+def test_what_failed_is_told_in_the_table(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # no folder can be made below it
+    rows = memory.run_works(["llama2-7b"], ["inference"], tmp_path / "partial.jsonl", tmp_path / "file" / "cache")
+    assert "Not a directory" in rows[0]["error"]
+    assert "Not a directory" in as_markdown(rows)
+
+
+def test_growth_as_table_and_plot(tmp_path: Path) -> None:
+    rows = [
+        {"work": "growth", "estimator": case.estimator, "layers": layers, "tokens": tokens,
+         "activation_peak_bytes": tokens * 10**6 * (layers if "back" in case.estimator else 1)}
+        for case in GROWTH_CASES for layers in (6, 12) for tokens in (1, 2)
+    ]  # fmt: skip
+    table = as_markdown(rows)
+    assert "| forward | 2 | 2.0 | 2.0 |" in table
+    assert "| backprop_checkpointed | 2 | 12.0 | 24.0 |" in table
+    plot_growth(rows, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert json.loads(json.dumps(rows)) == rows

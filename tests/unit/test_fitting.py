@@ -1,0 +1,108 @@
+"""Units to clients of unequal memory, by hand and in whole runs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from spryfl.client_memory import SMALLER_CHUNKS
+from spryfl.config import RunConfig, parse_config
+from spryfl.errors import ConfigError
+from spryfl.federated.fitting import PassSettings, deal_within
+from spryfl.memory.plan import PROCESS_BYTES
+from spryfl.run import run
+from spryfl.tracking.run_directory import create_run_directory
+from spryfl.workbench import Workbench
+
+UNITS = ["a", "b", "c", "d", "head"]
+
+
+def at_most(counts: dict[int, int], heavy: str = "") -> Callable[[int, Sequence[str]], PassSettings | None]:
+    """Clients that hold some number of units each, the heavy one twice as large."""
+
+    def fit(client: int, units: Sequence[str]) -> PassSettings | None:
+        size = sum(2 if unit == heavy else 1 for unit in units if unit != "head")
+        return PassSettings(chunk_bytes=client) if size <= counts[client] else None
+
+    return fit
+
+
+def test_without_budgets_the_assignment_stands() -> None:
+    deal = deal_within({3: ("a", "head"), 5: ("b", "c", "d", "head")}, UNITS, ["head"], None)
+    assert deal.units == {3: ("a", "head"), 5: ("b", "c", "d", "head")}
+    assert deal.settings == {3: PassSettings(), 5: PassSettings()}
+
+
+def test_what_does_not_fit_goes_to_who_has_room() -> None:
+    assigned = {3: ("a", "c", "head"), 5: ("b", "d", "head")}
+    deal = deal_within(assigned, UNITS, ["head"], at_most({3: 1, 5: 3}))
+    assert deal.units == {3: ("a", "head"), 5: ("b", "c", "d", "head")}
+    assert deal.settings[5] == PassSettings(chunk_bytes=5)
+    assert deal.unheld == ()
+
+
+def test_units_that_nobody_can_hold_are_named() -> None:
+    assigned = {3: ("a", "c", "head"), 5: ("b", "d", "head")}
+    deal = deal_within(assigned, UNITS, ["head"], at_most({3: 1, 5: 1}, heavy="b"))
+    assert deal.units == {3: ("a", "head"), 5: ("d", "head")}
+    assert deal.unheld == ("b", "c")
+
+
+def test_a_client_that_kept_nothing_helps_another_or_trains_the_head_or_is_left_out() -> None:
+    assigned = {1: ("a", "head"), 2: ("b", "head"), 3: ("c", "d", "head")}
+    deal = deal_within(assigned, UNITS, ["head"], at_most({1: 1, 2: 1, 3: 4}, heavy="a"))
+    assert deal.units == {1: ("b", "head"), 2: ("b", "head"), 3: ("a", "c", "d", "head")}
+    deal = deal_within(assigned, UNITS, ["head"], at_most({1: 0, 2: 1, 3: 4}))
+    assert deal.units[1] == ("head",)
+    deal = deal_within(assigned, UNITS, ["head"], at_most({1: -1, 2: 1, 3: 4}))
+    assert set(deal.units) == {2, 3}
+    assert "a" in deal.units[3]
+
+
+def budgets(config: RunConfig, *memory: int) -> RunConfig:
+    return config.model_copy(update={"clients": config.clients.model_copy(update={"memory": memory})})
+
+
+def test_settings_shrink_with_the_budget(tiny_config: Callable[..., RunConfig]) -> None:
+    config = tiny_config(method__num_tangents=8)
+    memory = Workbench.from_config(budgets(config, 10**12)).client_memory
+    assert memory is not None
+    unit = [next(iter(memory.values))]
+    rich = memory.peak_bytes(unit, 8, SMALLER_CHUNKS[0])
+    poor = memory.peak_bytes(unit, 1, SMALLER_CHUNKS[-1])
+    assert PROCESS_BYTES < poor < rich
+    assert memory.within(rich, unit) == PassSettings(8, SMALLER_CHUNKS[0])
+    middle = memory.within((poor + rich) // 2, unit)
+    assert middle is not None
+    assert 1 <= middle.num_tangents < 8
+    assert memory.within(poor - 1, unit) is None
+
+
+def test_lower_units_cost_backprop_more(tiny_config: Callable[..., RunConfig]) -> None:
+    memory = Workbench.from_config(budgets(tiny_config(method__name="fedyogi_split"), 10**12)).client_memory
+    assert memory is not None
+    lower, upper = [name for name in memory.values if "query" in name]
+    assert memory.peak_bytes([lower], 1, SMALLER_CHUNKS[0]) > memory.peak_bytes([upper], 1, SMALLER_CHUNKS[0])
+
+
+@pytest.mark.parametrize("upload", ["values", "slopes"])
+def test_a_run_of_unequal_clients(tiny_config: Callable[..., RunConfig], tmp_path: Path, upload: str) -> None:
+    """Poor clients take fewer tangents, rich ones all; their slopes' shapes are known to the server."""
+    config = tiny_config(method__num_tangents=8, method__upload=upload, server__num_rounds=2)
+    memory = Workbench.from_config(budgets(config, 10**12)).client_memory
+    assert memory is not None
+    unit = [*list(memory.values)[:2], "head"]
+    poor = memory.peak_bytes(unit, 2, SMALLER_CHUNKS[-1])
+    summary = run(budgets(config, poor, 10**12), create_run_directory(tmp_path / "run"), (), "unequal")
+    assert summary.rounds == 2
+    assert summary.num_failures == summary.num_refused == 0
+    assert summary.unheld_units == ()
+    # What the poorest was predicted to take beside weights, process and adapter was enough.
+    assert 0 < summary.peak_activation_bytes < memory.peak_bytes(unit, 8, SMALLER_CHUNKS[0]) - PROCESS_BYTES
+
+
+def test_a_budget_that_holds_nothing_is_one_line_before_the_run(tiny_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"clients.memory: 1,000,000 bytes hold no unit .*; the least is 57\d,"):
+        Workbench.from_config(budgets(tiny_config(), 10**12, 10**6))
+    with pytest.raises(ConfigError, match="clients.memory"):
+        parse_config({"clients": {"memory": ["lots"]}})
