@@ -102,7 +102,7 @@ def test_a_run_of_unequal_clients(tiny_config: Callable[..., RunConfig], tmp_pat
 
 
 def test_a_budget_that_holds_nothing_is_one_line_before_the_run(tiny_config: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"clients.memory: 1,000,000 bytes hold no unit .*; the least is 57\d,"):
+    with pytest.raises(ConfigError, match=r"clients\.memory: 1,000,000 bytes hold no unit .*; the least is 57\d,"):
         Workbench.from_config(budgets(tiny_config(), 10**12, 10**6))
-    with pytest.raises(ConfigError, match="clients.memory"):
+    with pytest.raises(ConfigError, match=r"clients\.memory"):
         parse_config({"clients": {"memory": ["lots"]}})
