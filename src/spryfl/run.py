@@ -6,6 +6,7 @@ Everything with a side effect is put together here; what it calls is pure or one
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def _round_event(
         refused=tuple(f"{f.client}: {f.reason}" for f in report.refused),
         untrained=report.untrained,
         unheld=report.unheld,
+        settings=tuple({"client": client} | asdict(own) for client, own in sorted(report.settings.items())),
     )
 
 
@@ -161,6 +163,7 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         checkpointing=config.method.checkpointing if method.estimator == "backprop" else None,
         checkpoint_budget_bytes=config.method.budget if method.estimator == "backprop" else None,
         unheld_units=bench.unheld_units,
+        client_memory=config.clients.memory,
         num_clients=bench.federation.num_clients,
         cohort_size=bench.federation.cohort_size,
         accuracy_before=_known(events[0].accuracy),

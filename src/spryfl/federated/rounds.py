@@ -14,7 +14,7 @@ from spryfl.errors import SpryError, UpdateRefusedError
 from spryfl.federated.aggregation import Contribution, weighted_mean
 from spryfl.federated.assignment import assign_units
 from spryfl.federated.client import LocalTraining
-from spryfl.federated.fitting import Deal, Fit, deal_within
+from spryfl.federated.fitting import Deal, Fit, PassSettings, deal_within
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
 from spryfl.federated.method import Assignment, Upload
 from spryfl.federated.sampling import sample_cohort
@@ -73,6 +73,7 @@ class RoundReport:
         refused: clients whose update failed validation, and why.
         untrained: units nobody trained; they stay as they were.
         unheld: units no client of the cohort has the memory for.
+        settings: by client, where memory is a matter.
         seconds: wall-clock time; client_seconds: the clients' computing time, added up.
     """
 
@@ -88,6 +89,7 @@ class RoundReport:
     refused: tuple[ClientFailure, ...]
     untrained: tuple[str, ...]
     unheld: tuple[str, ...] = ()
+    settings: dict[int, PassSettings] = field(default_factory=dict)
 
 
 def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -> tuple[FederatedState, RoundReport]:
@@ -140,6 +142,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         refused=tuple(refused),
         untrained=tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters)),
         unheld=deal.unheld,
+        settings={} if federation.fit is None else deal.settings,
     )
     return replace(state, round=round, values=values, moments=moments), report
 

@@ -11,7 +11,7 @@ from spryfl.models.dry_run import shallower
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import transformer_layers
 from spryfl.models.loading import hollow_model
-from spryfl.models.quantization import dense_weights, packed_bytes
+from spryfl.models.quantization import packed_bytes
 
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
 PACKED: tuple[Precision, ...] = ("int8", "nf4")
@@ -72,14 +72,6 @@ def count_weights(
     touched = outside - embedded + sum(_touched(e, num_tokens) for e in embeddings)
     calls = model.config.get_text_config().num_hidden_layers
     return WeightBytes(tuple(layers), outside, touched, shared=calls > len(layers))
-
-
-def precision_of(model: nn.Module, dtype: torch.dtype) -> Precision:
-    """What a loaded model's linear maps are held in."""
-    for module in model.modules():
-        if type(module) in dense_weights():
-            return "nf4" if type(module).__name__ == "Linear4bit" else "int8"
-    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def _bytes_of(module: nn.Module, packed: str | None, seen: set[nn.Parameter]) -> int:

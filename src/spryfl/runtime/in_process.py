@@ -6,6 +6,7 @@ from typing import Any
 
 from spryfl.errors import SpryError
 from spryfl.federated.client import Client
+from spryfl.federated.fitting import PassSettings
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
 from spryfl.memory.meter import ActivationMeter
 
@@ -17,7 +18,8 @@ class InProcessRuntime:
         client: makes the client of a partition id.
         before_client: called before each task; the place to stop at.
         batch_tokens: the most tokens any batch of a client can have. A task is metered, which slows it
-            by a fifth or so, only when that exceeds what was metered before: activations grow with it.
+            by a fifth or so, only when that exceeds what was metered before with as many units and the same settings:
+            activations grow with it.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class InProcessRuntime:
         self._client = client
         self._before_client = before_client
         self._batch_tokens = batch_tokens
-        self._metered: dict[int, int] = {}
+        self._metered: dict[tuple[int, PassSettings], int] = {}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """See `Runtime.run`. A client that raises is a failure; the others go on."""
@@ -42,10 +44,10 @@ class InProcessRuntime:
 
     def _perform(self, task: ClientTask) -> ClientUpdate:
         client = self._client(task.client)
-        tokens, num_units = self._batch_tokens(task.client), len(task.units)
-        if tokens <= self._metered.get(num_units, 0):
+        tokens, kind = self._batch_tokens(task.client), (len(task.units), task.settings)
+        if tokens <= self._metered.get(kind, 0):
             return client.update(task)
-        self._metered[num_units] = tokens
+        self._metered[kind] = tokens
         with ActivationMeter() as meter:
             update = client.update(task)
         return replace(update, peak_activation_bytes=meter.peak_bytes)

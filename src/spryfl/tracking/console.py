@@ -47,6 +47,7 @@ class ConsoleObserver:
         self._current: TaskID = TaskID(0)
         self._label = ""
         self._up = self._down = 0
+        self._unheld: tuple[str, ...] = ()
 
     def __enter__(self) -> "ConsoleObserver":
         self._progress.start()
@@ -82,6 +83,10 @@ class ConsoleObserver:
         self._progress.update(self._current, completed=event.round, **fields)
         for problem in (*event.failures, *event.refused):
             self._console.print(f"[red]round {event.round}: client {problem}", highlight=False)
+        if event.unheld and event.unheld != self._unheld:
+            self._unheld = event.unheld
+            text = f"round {event.round}: no client of the cohort has the memory for {', '.join(event.unheld)}"
+            self._console.print(f"[yellow]{text}", highlight=False, soft_wrap=True)
         if not self._console.is_terminal and event.accuracy is not None:
             loss = "" if event.loss is None else f", loss {event.loss:.3f}"
             self._console.print(
@@ -106,6 +111,9 @@ def print_results(summaries: Sequence[Summary], directory: Path, console: Consol
         f"a round, {first.trainable_parameters:,} trainable parameters, seed {first.seed}",
         highlight=False,
     )
+    if first.unheld_units:
+        names = ", ".join(first.unheld_units)
+        console.print(f"Untrained, as no client has the memory: {names}", highlight=False, soft_wrap=True)
     console.print(
         f"Run directory: {directory} (adapter/, events.jsonl, summary.json, plots)", highlight=False, soft_wrap=True
     )

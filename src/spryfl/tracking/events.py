@@ -15,6 +15,8 @@ class RoundEvent:
         seconds: wall-clock time, evaluation included; client_seconds: computing of all clients.
         peak_activation_bytes: the largest measured so far.
         failures, refused: "client: reason".
+        untrained: units nobody trained; unheld: units that no client of the cohort has the memory for.
+        settings: of each client, where memory is a matter: client, num_tangents, chunk_bytes.
     """
 
     round: int
@@ -32,6 +34,7 @@ class RoundEvent:
     refused: tuple[str, ...] = ()
     untrained: tuple[str, ...] = ()
     unheld: tuple[str, ...] = ()
+    settings: tuple[dict[str, Any], ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,7 +47,12 @@ class RoundEvent:
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run; the same names as in `summary.json`."""
+    """A finished run; the same names as in `summary.json`.
+
+    Attributes:
+        unheld_units: those that no client has the memory for; they stay as they were.
+        client_memory: bytes, dealt to clients in turn; none where memory is no matter.
+    """
 
     method: str
     label: str
@@ -75,9 +83,15 @@ class Summary:
     run_directory: str
     checkpoint_budget_bytes: int | None = None
     unheld_units: tuple[str, ...] = ()
+    client_memory: tuple[int, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Summary":
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}
+        return cls(**known)
 
 
 class Observer(Protocol):

@@ -116,7 +116,7 @@ class RunDirectory:
     def read_summary(self) -> Summary | None:
         if not self.summary_file.is_file():
             return None
-        return Summary(**json.loads(self.summary_file.read_text(encoding="utf-8")))
+        return Summary.from_row(json.loads(self.summary_file.read_text(encoding="utf-8")))
 
     def write_adapter(self, save_to: Callable[[Path], None]) -> None:
         """Have a folder written under another name, then put it in place."""
