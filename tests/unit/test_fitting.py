@@ -4,11 +4,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spryfl.client_memory import SMALLER_CHUNKS
 from spryfl.config import RunConfig, parse_config
 from spryfl.errors import ConfigError
+from spryfl.federated.assignment import assign_units
 from spryfl.federated.fitting import PassSettings, deal_within
+from spryfl.federated.method import Assignment
 from spryfl.memory.plan import PROCESS_BYTES
 from spryfl.run import run
 from spryfl.tracking.run_directory import create_run_directory
@@ -57,6 +61,48 @@ def test_a_client_that_kept_nothing_helps_another_or_trains_the_head_or_is_left_
     deal = deal_within(assigned, UNITS, ["head"], at_most({1: -1, 2: 1, 3: 4}))
     assert set(deal.units) == {2, 3}
     assert "a" in deal.units[3]
+
+
+def test_a_unit_that_only_one_client_can_hold_goes_to_it_first() -> None:
+    """Client 5 has room for two; "a" is one of them, though it belongs to client 3."""
+
+    def fit(client: int, units: Sequence[str]) -> PassSettings | None:
+        dealt = [unit for unit in units if unit != "head"]
+        return PassSettings() if len(dealt) <= 2 and (client == 5 or "a" not in dealt) else None
+
+    deal = deal_within({3: ("a", "c", "head"), 5: ("b", "d", "head")}, UNITS, ["head"], fit)
+    assert deal.units == {3: ("c", "d", "head"), 5: ("a", "b", "head")}
+    assert deal.unheld == ()
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(0, 100), st.booleans())
+def test_every_unit_that_somebody_can_hold_is_trained(
+    num_units: int, lowest: list[int], start: int, everything: bool
+) -> None:
+    """As in reverse mode: client m holds the units from lowest[m] on, any number of them."""
+    units = [f"u{i}" for i in range(num_units)]
+    cohort = list(range(len(lowest)))
+
+    def fit(client: int, wanted: Sequence[str]) -> PassSettings | None:
+        return PassSettings() if all(units.index(unit) >= lowest[client] for unit in wanted) else None
+
+    deal = deal_within(assign_units("all" if everything else "split", units, cohort, start), units, [], fit)
+    assert deal.unheld == tuple(units[: min(lowest)])
+    assert {unit for own in deal.units.values() for unit in own} == set(units) - set(deal.unheld)
+    assert all(fit(client, own) is not None for client, own in deal.units.items())
+    assert set(deal.units) == {client for client in cohort if lowest[client] < num_units}  # nobody able goes idle
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 100), st.sampled_from(["split", "all"]), st.booleans())
+def test_where_everything_fits_the_assignment_stands(
+    num_units: int, num_clients: int, start: int, kind: Assignment, head: bool
+) -> None:
+    units, shared = [f"u{i}" for i in range(num_units)] + ["head"] * head, ["head"] * head
+    assigned = assign_units(kind, units, list(range(num_clients)), start, shared)
+    deal = deal_within(assigned, units, shared, lambda client, wanted: PassSettings(1, 2))
+    assert deal.units == assigned
+    assert set(deal.settings.values()) == {PassSettings(1, 2)}
+    assert deal.unheld == ()
 
 
 def budgets(config: RunConfig, *memory: int) -> RunConfig:

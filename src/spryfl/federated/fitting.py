@@ -44,7 +44,8 @@ def deal_within(
 ) -> Deal:
     """Change an assignment so that every client can hold its part, and every unit that someone can hold is trained.
 
-    A client keeps of its units what fits together; the rest goes to those who have room, the least laden first.
+    A unit that only one client can hold goes to it before anything else. Then a client keeps of its units what fits
+    together; the rest goes to those who have room, the least laden first.
     One that kept nothing trains the first unit that fits it, beside another client, or the shared ones alone.
 
     Args:
@@ -59,11 +60,17 @@ def deal_within(
 
     def takes(client: int, unit: str) -> bool:
         """Give a client one unit more if it can hold it beside what it has."""
-        if unit not in own[client] and fit(client, [*own[client], unit, *shared]) is not None:
+        if unit in own[client]:
+            return True
+        if fit(client, [*own[client], unit, *shared]) is not None:
             own[client].append(unit)
             return True
         return False
 
+    for unit in (unit for unit in units if unit not in shared):
+        able = [client for client in own if fit(client, [unit, *shared]) is not None]
+        if len(able) == 1:
+            takes(able[0], unit)
     dealt = {client: [unit for unit in part if unit not in shared] for client, part in assigned.items()}
     homeless = [(client, unit) for client, part in dealt.items() for unit in part if not takes(client, unit)]
     lost = []
