@@ -61,17 +61,17 @@ def measure(work: Work, case: Case, cache: Path) -> Row:
         rows = [
             _step(work, case, Subject(model, chosen, work.batch, work.tokens, SEED)) for chosen in _units(case, units)
         ]
-    seconds = [row.pop("seconds_per_step") for row in rows]
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in ("seconds_per_step", "cpu_seconds_per_step")}
     highest = max(rows, key=lambda row: row["activation_peak_bytes"])
     resident = max(loading, *(row["resident_peak_bytes"] for row in rows))
-    return highest | {"resident_peak_bytes": resident, "seconds_per_step": sum(seconds) / len(seconds)}
+    return highest | {"resident_peak_bytes": resident} | means
 
 
 def _step(work: Work, case: Case, subject: Subject) -> Row:
     with MemoryMeter(subject.model) as meter:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         slope = STEPS[case.estimator](subject, case.k)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     return {
         "work": work.name,
         "model": work.shape,
@@ -89,6 +89,7 @@ def _step(work: Work, case: Case, subject: Subject) -> Row:
         "weight_bytes": meter.use.weights,
         "adapter_bytes": meter.use.adapter,
         "seconds_per_step": seconds,
+        "cpu_seconds_per_step": cpu_seconds,  # of all threads; what neighbours take is not in it
         "slope": slope,
         "threads": torch.get_num_threads(),
     }

@@ -129,9 +129,10 @@ def _merged(measured: Sequence[Sequence[Row]]) -> list[Row]:
         for key in row:
             if key.endswith("_peak_bytes"):
                 row[key] = max(r[key] for r in rows)
-        if "seconds_per_step" in row:
-            row["seconds_per_step"] = median(r["seconds_per_step"] for r in rows)
-            row["repeats"] = len(rows)
+        for key in ("seconds_per_step", "cpu_seconds_per_step"):
+            if key in row:
+                row[key] = median(r[key] for r in rows)
+                row["repeats"] = len(rows)
         merged.append(row)
     return merged
 
