@@ -15,7 +15,8 @@ from spryfl.models.quantization import packed_bytes
 
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
 PACKED: tuple[Precision, ...] = ("int8", "nf4")
-PAGE_BYTES = 4096
+MAPPED_BYTES = 64 * 1024
+"""Linux maps so much of a file around a page that is touched (fault_around_bytes), if it is in the page cache."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ def _bytes_of(module: nn.Module, packed: str | None, seen: set[nn.Parameter]) ->
 
 
 def _touched(embedding: nn.Embedding, num_tokens: int) -> int:
-    """Bytes of the pages in which a batch's rows lie."""
+    """Bytes of what is mapped around a batch's rows, at most."""
     row_bytes = embedding.embedding_dim * embedding.weight.element_size()
-    pages = -(-row_bytes // PAGE_BYTES)
-    return min(embedding.num_embeddings * row_bytes, num_tokens * pages * PAGE_BYTES)
+    return min(embedding.num_embeddings * row_bytes, num_tokens * -(-row_bytes // MAPPED_BYTES) * MAPPED_BYTES)
