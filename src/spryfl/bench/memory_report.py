@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 MB = 1e6
+CPU = "cpu_seconds_per_step"
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -23,24 +24,25 @@ def _works(rows: Sequence[Row]) -> str:
         return ""
     heads = "activation peak (MB) | resident peak (MB) | CPU seconds a step | times inference"
     lines = [f"| work | estimator | K | units | {heads} |", "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |"]
-    inference = {row["work"]: _seconds(row) for row in measured if _is_inference(row)}
+    # Only CPU seconds are set against each other: by the clock of a shared machine a ratio says nothing.
+    inference = {row["work"]: _seconds(row) for row in measured if _is_inference(row) and CPU in row}
     for row in measured:
         name = f"| {row['work']} | {row['estimator']} | {row['k']} | {row['units']} "
         if "error" in row:
             lines.append(f"{name}| {row['error'][:80]} | | | |")
             continue
         base = inference.get(row["work"])
-        times = f"{_seconds(row) / base:.2f}" if base else ""
+        times = f"{_seconds(row) / base:.2f}" if base and CPU in row else ""
         lines.append(
             f"{name}| {row['activation_peak_bytes'] / MB:,.1f} | {row['resident_peak_bytes'] / MB:,.0f} | "
-            f"{_seconds(row):.2f}{'' if 'cpu_seconds_per_step' in row else ' by the clock'} | {times} |"
+            f"{_seconds(row):.2f}{'' if CPU in row else ' by the clock'} | {times} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _seconds(row: Row) -> float:
     """CPU seconds of all threads; the clock's where an older row has no others."""
-    return float(row["cpu_seconds_per_step"] if "cpu_seconds_per_step" in row else row["seconds_per_step"])
+    return float(row[CPU] if CPU in row else row["seconds_per_step"])
 
 
 def _is_inference(row: Row) -> bool:
@@ -127,7 +129,8 @@ def headline(rows: Sequence[Row]) -> str:
         if first is not None:
             place = ", streamed from disk" if first["streamed"] else ""
             size = f"{first['precision']}, batch {first['batch']}, {first['tokens']} tokens"
-            lines.append(f"| {first['model']} shape, {size}{place} | " + " | ".join(cells) + f" | {resident} |")
+            depth = f", {first['layers']} layers"
+            lines.append(f"| {first['model']} shape{depth}, {size}{place} | " + " | ".join(cells) + f" | {resident} |")
     return "\n".join(lines) + "\n"
 
 
