@@ -119,14 +119,16 @@ class ClientMemory:
         inference = self.dry.inference(chunk_bytes).peak_at(whole)
         if self.passes == "zeroth_order" or depth == 0:
             return inference
+        upper = depth < whole
         if self.passes == "forward":
-            return max(inference, self.dry.forward(k, chunk_bytes).peak_at(whole))
-        cost = self.dry.backprop(self.passes != "backprop", chunk_bytes)
+            return max(inference, self.dry.forward(k, chunk_bytes, upper=upper).peak_at(whole))
+        cost = self.dry.backprop(self.passes != "backprop", chunk_bytes, upper=upper)
+        peak = cost.peak_at(depth + upper)  # of a model whose first layer alone is not trained
         if self.passes != "budgeted":
-            return max(inference, cost.peak_at(depth))
+            return max(inference, peak)
         state = self.dry.work.state_bytes
         kept = min(depth, max(1, self.checkpoint_budget_bytes // state))
-        return max(inference, cost.peak_at(depth) - (depth - kept) * state)
+        return max(inference, peak - (depth - kept) * state)
 
 
 def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: int) -> ClientMemory:

@@ -168,8 +168,12 @@ class Predictor:
                 yield self._budgeted(streamed, checkpointed)
 
     def _forward(self, streamed: bool) -> Prediction:
-        cost = self.dry.forward(self.request.num_tangents)
-        return self._row("forward", streamed, cost.peak_at(self.depth), self._mean_time(cost), visits=1)
+        k = self.request.num_tangents
+        cost = self.dry.forward(k)
+        peak = cost.peak_at(self.depth)
+        if self.request.cohort_size > 1 and not self.weights.shared:  # some clients begin above the first layer
+            peak = max(peak, self.dry.forward(k, upper=True).peak_at(self.depth))
+        return self._row("forward", streamed, peak, self._mean_time(cost), visits=1)
 
     def _zeroth_order(self, streamed: bool) -> Prediction:
         dry = self._dry_runs.of(self.precision, torch.float32)

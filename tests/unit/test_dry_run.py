@@ -126,6 +126,25 @@ def test_packed_weights_too(family: str) -> None:
     assert not misses(config_of(family), True, [(name, SMALL_CHUNKS) for name in (*CHUNKED, "inference")])
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "opt"])
+@pytest.mark.parametrize("below", [1, 3])
+def test_units_of_the_upper_layers(family: str, below: int) -> None:
+    """Where BERT holds its embeddings' output, forward mode takes a hidden state more than from the first layer on."""
+    config = config_of(family)
+    real, dry = Real(config), DryRun(Work(config, RANK, BATCH, TOKENS))
+    lower = {p for layer in layer_calls(real.model)[:below] for p in layer.parameters()}
+    real.names = tuple(name for name in real.names if real.model.get_parameter(name) not in lower)
+    trained = LAYERS - below
+    said = {
+        "forward": dry.forward(1, SMALL_CHUNKS, upper=True).peak_at(LAYERS),
+        "backprop": dry.backprop(False, SMALL_CHUNKS, upper=True).peak_at(trained + 1),
+        "checkpointed": dry.backprop(True, SMALL_CHUNKS, upper=True).peak_at(trained + 1),
+    }
+    assert family != "bert" or said["forward"] > dry.forward(1, SMALL_CHUNKS).peak_at(LAYERS)
+    for name, predicted in said.items():
+        assert predicted == pytest.approx(real.peak(ESTIMATORS[name][0](), SMALL_CHUNKS), rel=0.15), name
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "mistral"])
 def test_padding_changes_little(family: str) -> None:
     """A dry run has no padding; a batch that has some stays within 15 %."""

@@ -130,7 +130,9 @@ def test_traffic_is_what_messages_count(plan: Plan) -> None:
 def test_what_lies_below_a_clients_units_costs_inference(plan: Plan) -> None:
     alone = make_plan(replace(plan.request, cohort_size=1))
     for ours, theirs in zip(plan.rows, alone.rows, strict=True):
-        assert ours.peak_bytes == theirs.peak_bytes
+        # Tangents that begin above the first layer take a hidden state more: 2 rows, 32 tokens, 64 numbers.
+        more = 2 * 32 * 64 * (2 if ours.precision == "bfloat16" else 4) if ours.estimator == "forward" else 0
+        assert theirs.peak_bytes <= ours.peak_bytes <= theirs.peak_bytes + 2 * more
         if ours.estimator in ("forward", "backprop", "backprop_checkpointed"):
             assert 1 < ours.relative_time < theirs.relative_time
     times = {r.estimator: r.relative_time for r in alone.rows}

@@ -81,13 +81,22 @@ class DryRun:
         """A pass without gradients."""
         return self._cost(("infer",), chunk_bytes)
 
-    def forward(self, num_tangents: int = 1, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> PassCost:
-        """One forward-mode pass with K tangents in all trainable parameters."""
-        return self._cost(("carry", num_tangents), chunk_bytes)
+    def forward(
+        self, num_tangents: int = 1, chunk_bytes: int = DEFAULT_CHUNK_BYTES, *, upper: bool = False
+    ) -> PassCost:
+        """One forward-mode pass with K tangents in all trainable parameters.
 
-    def backprop(self, checkpointed: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> PassCost:
-        """Reverse mode, storing every activation or each layer's input."""
-        return self._cost(("differentiate", checkpointed), chunk_bytes)
+        Args:
+            upper: of all layers but the first. Where tangents begin above it, the hidden state without them still
+                stands, and so does the embeddings' output, which the model holds until its end.
+        """
+        return self._cost(("carry", num_tangents), chunk_bytes, upper)
+
+    def backprop(
+        self, checkpointed: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES, *, upper: bool = False
+    ) -> PassCost:
+        """Reverse mode, storing every activation or each layer's input; `upper` as above."""
+        return self._cost(("differentiate", checkpointed), chunk_bytes, upper)
 
     @cached_property
     def models(self) -> "dict[int, HollowModel]":
@@ -101,11 +110,14 @@ class DryRun:
         """Of the whole model's adapter and head."""
         return AdapterSize.through({depth: model.adapter for depth, model in self.models.items()}, self.work.num_layers)
 
-    def _cost(self, what: Pass, chunk_bytes: int) -> PassCost:
+    def _cost(self, what: Pass, chunk_bytes: int, upper: bool = False) -> PassCost:
         """Chunks bound the peak, but change neither the operations nor what one more layer adds."""
-        whole = {depth: self._run(what, depth, WHOLE) for depth in self.models}
-        depth = min(self.models)
-        return replace(PassCost.through(whole), peak_bytes=self._run(what, depth, chunk_bytes)[0])
+        cost = PassCost.through({depth: self._run(what, depth, WHOLE) for depth in self.models})
+        if not upper:
+            return replace(cost, peak_bytes=self._run(what, cost.depth, chunk_bytes)[0])
+        depth = max(self.models)  # two layers have tangents, as in deeper models
+        peak, _ = self._run((*what, True), depth, chunk_bytes)
+        return replace(cost, depth=depth, peak_bytes=peak, flops=self._run((*what, True), depth, WHOLE)[1])
 
     def _run(self, what: Pass, depth: int, chunk_bytes: int) -> tuple[int, int]:
         """Peak bytes and operations of a pass; where it runs in chunks, some are left out of the latter."""
@@ -140,6 +152,8 @@ class HollowModel:
         )
         self.model = model
         self.names = parameters_of(units)
+        lowest = set(layer_calls(model)[0].parameters())
+        self.upper_names = [name for name in self.names if model.get_parameter(name) not in lowest]
         self.mode = FakeTensorMode()
         hollow_out(model, self.mode)
         with self.mode:
@@ -156,15 +170,16 @@ class HollowModel:
         with torch.no_grad():
             self.loss(self.model)
 
-    def carry(self, num_tangents: int) -> None:
-        shapes = {name: self.model.get_parameter(name).shape for name in self.names}
+    def carry(self, num_tangents: int, upper: bool = False) -> None:
+        names = self.upper_names if upper else self.names
+        shapes = {name: self.model.get_parameter(name).shape for name in names}
         tangents = {name: torch.empty((num_tangents, *shape)) for name, shape in shapes.items()}
         with torch.no_grad(), injected(self.model, tangents):
             self.loss(self.model)
 
-    def differentiate(self, checkpointed: bool) -> None:
+    def differentiate(self, checkpointed: bool, upper: bool = False) -> None:
         estimator = Backprop("per_layer" if checkpointed else "none", layer_calls)
-        estimator.loss_and_gradient(self.model, self.loss, self.names)
+        estimator.loss_and_gradient(self.model, self.loss, self.upper_names if upper else self.names)
 
 
 class PassMeter(ActivationMeter):
