@@ -11,10 +11,10 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spryfl.bench.measure import dense_model
-from spryfl.bench.steps import UNCHUNKED, Subject
+from spryfl.bench.steps import UNCHUNKED, LossModule, Subject, eager_attention
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.forward import loss_and_slopes
 from spryfl.memory.meter import ActivationMeter
@@ -33,26 +33,16 @@ def main() -> None:
     values = {name: model.get_parameter(name).detach() for name in names}
 
     def vmap_of_jvp() -> Tensor:
+        wrapped = LossModule(subject)
+
         def of(perturbed: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(Loss(), {f"model.{n}": p for n, p in perturbed.items()}, ())
+            return torch.func.functional_call(wrapped, {f"model.{n}": p for n, p in perturbed.items()}, ())
 
         def slope(one: dict[str, Tensor]) -> Tensor:
             return torch.func.jvp(of, (values,), (one,))[1]
 
-        model.set_attn_implementation("eager")
-        try:
-            with torch.no_grad(), chunks_of(UNCHUNKED):
-                return torch.func.vmap(slope)(tangents)
-        finally:
-            model.set_attn_implementation("spry")
-
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self) -> Tensor:
-            return loss(self.model)
+        with torch.no_grad(), chunks_of(UNCHUNKED), eager_attention(model):
+            return torch.func.vmap(slope)(tangents)
 
     def passes(num_tangents: int) -> Callable[[], Tensor]:
         parts = [{n: t[k : k + num_tangents] for n, t in tangents.items()} for k in range(0, K, num_tangents)]

@@ -72,9 +72,12 @@ def test_a_stopped_bench_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_failed_is_told_in_the_table(tmp_path: Path) -> None:
     (tmp_path / "file").touch()  # no folder can be made below it
-    rows = memory.run_works(["llama2-7b"], ["inference"], tmp_path / "partial.jsonl", tmp_path / "file" / "cache")
+    partial = tmp_path / "partial.jsonl"
+    rows = memory.run_works(["llama2-7b"], ["inference"], partial, tmp_path / "file" / "cache")
     assert "Not a directory" in rows[0]["error"]
     assert "Not a directory" in as_markdown(rows)
+    memory.run_works(["llama2-7b"], ["inference"], partial, tmp_path / "file" / "cache")
+    assert len(partial.read_text().splitlines()) == 2  # what failed is tried again
 
 
 def test_growth_as_table_and_plot(tmp_path: Path) -> None:

@@ -72,17 +72,8 @@ def _step(work: Work, case: Case, subject: Subject) -> Row:
         started, cpu_started = time.perf_counter(), time.process_time()
         slope = STEPS[case.estimator](subject, case.k)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    return {
-        "work": work.name,
-        "model": work.shape,
-        "estimator": case.estimator,
-        "precision": work.precision,
-        "streamed": work.streamed,
-        "batch": work.batch,
-        "tokens": work.tokens,
+    return work.row(case) | {
         "layers": subject.model.config.num_hidden_layers,
-        "k": case.k,
-        "units": case.units,
         "activation_peak_bytes": meter.use.activations + meter.use.tangents,
         "resident_peak_bytes": meter.use.resident,
         "tangent_bytes": meter.use.tangents,
@@ -109,9 +100,9 @@ def _model(work: Work, cache: Path) -> nn.Module:
     changed = {} if work.layers is None else {"num_hidden_layers": work.layers}
     if work.precision == "float32" and not work.streamed:
         return dense_model(shape_config(work.shape, **changed))
-    folder = write_random_checkpoint(
-        shape_config(work.shape, **changed), cache / f"{work.shape}-{work.precision}", work.precision, SEED
-    )
+    depth = "" if work.layers is None else f"-{work.layers}-layers"
+    folder = cache / f"{work.shape}{depth}-{work.precision}"
+    write_random_checkpoint(shape_config(work.shape, **changed), folder, work.precision, SEED)
     reset_resident_peak()  # writing the checkpoint is not part of the work
     settings = ModelConfig(name=str(folder), dtype="bfloat16", streamed=work.streamed)
     return load_model(settings, AdapterConfig(), num_labels=2, seed=SEED).model

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from spryfl.bench.works import WORKS, Case, Work
+from spryfl.bench.works import WORKS, Case
 from spryfl.errors import SpryError
 
 Row = dict[str, Any]
@@ -93,28 +93,16 @@ def _failed(arguments: Sequence[str], why: str) -> Row:
     name, number = arguments
     if name in (GROWTH, TRUTH):
         return {"work": name, "error": why}
-    work: Work = WORKS[name]
-    case = work.cases[int(number)]
-    return {
-        "work": name,
-        "model": work.shape,
-        "estimator": case.estimator,
-        "precision": work.precision,
-        "streamed": work.streamed,
-        "batch": work.batch,
-        "tokens": work.tokens,
-        "k": case.k,
-        "units": case.units,
-        "error": why,
-    }
+    return WORKS[name].row(WORKS[name].cases[int(number)]) | {"error": why}
 
 
 def _read(partial: Path) -> dict[str, list[Row]]:
+    """What was measured already; what failed is tried again."""
     if not partial.is_file():
         return {}
     lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave a torn last line
-    return {entry["key"]: entry["rows"] for entry in whole}
+    return {entry["key"]: entry["rows"] for entry in whole if not any("error" in row for row in entry["rows"])}
 
 
 def _merged(measured: Sequence[Sequence[Row]]) -> list[Row]:

@@ -69,6 +69,17 @@ class Subject:
         return int(self.batch * self.tokens * self.model.config.hidden_size * dtype.itemsize)
 
 
+class LossModule(nn.Module):
+    """A subject's loss as a module of no arguments, as `torch.func.functional_call` needs it."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.model, self._loss = subject.model, subject.loss()
+
+    def forward(self) -> Tensor:
+        return self._loss(self.model)
+
+
 def inference(subject: Subject, k: int) -> None:
     """The loss, as transformers computes it."""
     with torch.inference_mode(), chunks_of(UNCHUNKED):
@@ -103,17 +114,7 @@ def backprop_budgeted(subject: Subject, k: int) -> float:
 
 def func_jvp(subject: Subject, k: int) -> float:
     """`torch.func.jvp` of the whole model, one tangent."""
-    loss, model = subject.loss(), subject.model
-
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self) -> Tensor:
-            return loss(self.model)
-
-    wrapped = Loss()
+    model, wrapped = subject.model, LossModule(subject)
     values = {f"model.{name}": model.get_parameter(name).detach() for name in subject.parameters}
     own = {
         key: subject.draw(0, key.removeprefix("model."), value.shape).to(value.device, value.dtype)
@@ -123,7 +124,7 @@ def func_jvp(subject: Subject, k: int) -> float:
     def of(perturbed: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(wrapped, perturbed, ())
 
-    with torch.no_grad(), chunks_of(UNCHUNKED), _eager_attention(model):
+    with torch.no_grad(), chunks_of(UNCHUNKED), eager_attention(model):
         return float(torch.func.jvp(of, (values,), (own,))[1])
 
 
@@ -150,7 +151,8 @@ def _slope(subject: Subject, estimate: GradientEstimate) -> float:
 
 
 @contextmanager
-def _eager_attention(model: Any) -> Iterator[None]:
+def eager_attention(model: Any) -> Iterator[None]:
+    """Let the passes inside run on the attention that `torch.func.jvp` can differentiate."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

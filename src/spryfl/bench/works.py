@@ -1,7 +1,7 @@
 """The works of `spry bench memory`: an explicit table."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Precision = Literal["float32", "bfloat16", "nf4", "int8"]
 Units = Literal["all", "one"]
@@ -44,6 +44,20 @@ class Work:
     repeats: int = 1
     layers: int | None = None
 
+    def row(self, case: Case) -> dict[str, Any]:
+        """The fields of a row that say what is measured."""
+        return {
+            "work": self.name,
+            "model": self.shape,
+            "estimator": case.estimator,
+            "precision": self.precision,
+            "streamed": self.streamed,
+            "batch": self.batch,
+            "tokens": self.tokens,
+            "k": case.k,
+            "units": case.units,
+        }
+
 
 EVERY = tuple(
     Case(name)
@@ -63,6 +77,7 @@ WORKS: dict[str, Work] = {
     work.name: work
     for work in (
         Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), repeats=3),
+        Work("bert-large-6-layers", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), repeats=3, layers=6),
         Work("llama2-7b", "llama2-7b", "nf4", False, 8, 64, EVERY),
         Work("llama2-7b-streamed", "llama2-7b", "nf4", True, 8, 64, EVERY),
         Work("opt-13b-streamed", "opt-13b", "nf4", True, 4, 64, EVERY),

@@ -101,11 +101,10 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     started = time.perf_counter()
     round = state.round + 1
 
-    # 1. Sample the cohort and assign units to its clients.
+    # 1. Sample the cohort and assign units to its clients, each no more than its memory holds.
     cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
     start = state.round if federation.rotate else 0
     assigned = assign_units(federation.assignment, list(federation.units), cohort, start, federation.shared)
-
     deal = deal_within(assigned, list(federation.units), federation.shared, federation.fit)
     if not deal.units:
         raise SpryError(f"round {round}: no client of the cohort has the memory for any unit: raise clients.memory")

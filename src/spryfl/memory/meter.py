@@ -205,8 +205,3 @@ def _status(key: str) -> int:
     except OSError:
         return 0
     return 0
-
-
-def accelerator_peak_bytes(device: torch.device) -> int:
-    """The allocator's own peak on an accelerator; 0 on the CPU. Not tried: no accelerator was at hand."""
-    return 0 if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device))

@@ -205,11 +205,15 @@ def resolve_dtype(name: str, device: torch.device, low_precision: bool = True) -
 
 
 def _prepare(base: PreTrainedModel, tokenizer: Any) -> None:
-    """Padding known to model and tokenizer; no key-value cache, which would keep every layer's."""
+    """Padding known to model and tokenizer; no key-value cache and no list of hidden states.
+
+    Both would keep every layer's; and a hidden state with tangents is overwritten by the layer it goes into.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     base.config.pad_token_id = tokenizer.pad_token_id
     base.config.use_cache = False
+    base.config.output_hidden_states = False
 
 
 @contextmanager
