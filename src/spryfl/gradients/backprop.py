@@ -64,7 +64,7 @@ class Backprop:
 
         None stands for a parameter that the loss does not depend on.
         """
-        with torch.enable_grad(), _only_requiring_grad(model, parameters) as wanted:
+        with torch.enable_grad(), only_requiring_grad(model, parameters) as wanted:
             if self.checkpointing != "none":
                 layers = self.layers(model)
                 return Sweep(layers, wanted, self.budget_bytes).run(model, loss)
@@ -73,7 +73,7 @@ class Backprop:
 
 
 @contextmanager
-def _only_requiring_grad(model: nn.Module, names: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+def only_requiring_grad(model: nn.Module, names: Sequence[str]) -> Iterator[list[nn.Parameter]]:
     """Let only the named parameters require gradients; yields them in order."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     wanted = [model.get_parameter(name) for name in names]

@@ -19,29 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from spryfl.errors import ConfigError, ModelError
-from spryfl.forward_mode.budget import each
-from spryfl.forward_mode.packed import staged
 from spryfl.forward_mode.patching import Forward, patched_forwards
-from spryfl.forward_mode.rows import layer_budget, take_rows
 from spryfl.gradients.calls import REMEDY, Call, hidden_of, record
+from spryfl.gradients.reverse import GradientSums, reverse_call
 from spryfl.gradients.revolve import Advance, Free, Keep, reversal, steps_to_keep
-
-HIDDEN_SIZED = 8  # a layer's norms, residual sums and the like, in hidden states: they are no linear maps
-
-
-@dataclass
-class GradientSums:
-    """Gradients by parameter, summed over the places and row chunks that add to them; float32 at least."""
-
-    sums: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-
-    def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            known = self.sums.get(parameter)
-            precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            self.sums[parameter] = precise if known is None else known + precise
 
 
 @dataclass
@@ -196,7 +177,8 @@ class Sweep:
                     gradient.add_(arriving.pop(action.step))
                 state = (self.kept[action.step] if at_hand is None else at_hand).detach()
                 at_hand = None
-                self._reverse(self.calls[action.step], state, gradient, action.step > 0 or entry.requires_grad)
+                call, needs_input = self.calls[action.step], action.step > 0 or entry.requires_grad
+                reverse_call(call, state, gradient, self._own[call.layer], self.sums, needs_input=needs_input)
                 del state
         if entry.requires_grad:
             below = torch.autograd.grad(entry, self.wanted, gradient, allow_unused=True)
@@ -208,58 +190,3 @@ class Sweep:
             with torch.set_grad_enabled(call.stochastic):
                 hidden = hidden_of(call.again(hidden), call.layer).detach()
         return hidden
-
-    def _reverse(self, call: Call, hidden: Tensor, gradient: Tensor, needs_input: bool) -> None:
-        """Run a call again and back: its output's gradient becomes its input's; parameters' are added up."""
-        own = self._own[call.layer]
-
-        def there_and_back(forward: Forward) -> Callable[..., Tensor]:
-            def run(*args: Any, **kwargs: Any) -> Tensor:
-                num_rows = gradient.shape[0]
-                step = rows_at_once(call, hidden)
-                for start in each(range(0, num_rows, step)):
-                    rows = slice(start, start + step)
-                    (state, *others), kept = take_rows((args, kwargs), rows, num_rows)
-                    state = state.detach().requires_grad_(needs_input)
-                    output = hidden_of(forward(state, *others, **kept), call.layer)
-                    inputs = [*own, state] if needs_input else own
-                    found: Sequence[Tensor | None] = [None] * len(inputs)
-                    if output.requires_grad:  # it may not: an adapter that is switched off
-                        found = torch.autograd.grad(output, inputs, gradient[rows], allow_unused=True)
-                    self.sums.add(own, found[: len(own)])
-                    if needs_input:
-                        # The rows of the output's gradient have served: the input's take their place.
-                        gradient[rows] = 0 if (moved := found[-1]) is None else moved
-                    del output, found, state
-                return hidden  # for the layer's hooks to see
-
-            return run
-
-        in_chunks = rows_at_once(call, hidden) < gradient.shape[0]
-        with patched_forwards([call.layer], lambda _, forward: there_and_back(forward)), staged(in_chunks):
-            call.again(hidden)
-
-
-def rows_at_once(call: Call, hidden: Tensor) -> int:
-    """Rows of the batch whose backward pass through a layer stores a chunk's bytes at most; at least one.
-
-    A layer that draws random numbers takes the batch whole: in chunks it would draw others.
-    """
-    num_rows = hidden.shape[0]
-    if call.stochastic or hidden.dim() != 3:
-        return num_rows
-    num_chunks = min(
-        num_rows, -(-num_rows // max(1, layer_budget(call.layer, hidden) // row_bytes(call.layer, hidden)))
-    )
-    return -(-num_rows // num_chunks)  # chunks of one size
-
-
-def row_bytes(layer: nn.Module, hidden: Tensor) -> int:
-    """An estimate of what one row's backward pass through a layer stores.
-
-    Args:
-        hidden: the layer's input, (batch, tokens, hidden).
-    """
-    widths = sum(width for m in layer.modules() if isinstance(width := getattr(m, "out_features", None), int))
-    _, tokens, size = hidden.shape
-    return int(tokens * hidden.element_size() * (widths + HIDDEN_SIZED * size))

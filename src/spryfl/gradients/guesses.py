@@ -1,0 +1,102 @@
+"""Backward guesses: from the loss's gradient at one hidden state to its gradient at a lower one, without a pass.
+
+    identity       the layers between count as identity: G_l = G
+    backward maps  G_l[t] = c_t W + c V_{b(t)},  c_t = P^T G[t],  c = sum_t c_t
+
+P is a basis of the gradients at the upper state. W carries what a token's own gradient says. V carries what
+reaches a token from the one the loss sits on, by relative position b(t): in the lower layers most of the
+gradient lies on other tokens than that one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spryfl.errors import ModelError
+
+# Distances from the token the loss sits on, either way, at which a new position begins.
+EDGES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 48, 64, 128)
+NUM_POSITIONS = 2 * len(EDGES) + 1
+
+
+class Guess(Protocol):
+    """Guesses a gradient at a lower hidden state."""
+
+    def __call__(self, place: int, gradient: Tensor, mask: Tensor | None) -> Tensor:
+        """Guess the gradient at the output of the call at `place`.
+
+        Args:
+            gradient: at the upper hidden state, (batch, tokens, hidden); not overwritten.
+            mask: (batch, tokens), true at tokens that are no padding; None if none is.
+
+        Returns:
+            A tensor of its own, (batch, tokens, hidden), zero at padding.
+        """
+        ...
+
+
+def identity(place: int, gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """The layers between count as identity."""
+    return gradient.clone()
+
+
+@dataclass(frozen=True)
+class BackwardMap:
+    """The fitted map of one layer.
+
+    Attributes:
+        basis: P, (hidden, rank).
+        own: W, (rank, hidden).
+        across: V, (positions, rank, hidden); None if other tokens are not modelled.
+    """
+
+    basis: Tensor
+    own: Tensor
+    across: Tensor | None = None
+
+    def __call__(self, gradient: Tensor, mask: Tensor | None) -> Tensor:
+        """Guess a gradient: (batch, tokens, hidden) -> (batch, tokens, hidden)."""
+        code = gradient @ self.basis.to(gradient)  # (batch, tokens, rank)
+        guess = code @ self.own.to(gradient)
+        if self.across is not None:
+            reaching = torch.einsum("br,prd->bpd", code.sum(1), self.across.to(gradient))  # (batch, positions, hidden)
+            index = positions(gradient).unsqueeze(-1).expand_as(guess)
+            guess += reaching.gather(1, index)
+        return guess if mask is None else guess.mul_(mask.unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class MapGuess:
+    """Backward maps, by the place of the layer's call.
+
+    Raises:
+        ModelError: there is no map for a place.
+    """
+
+    maps: Mapping[int, BackwardMap]
+
+    def __call__(self, place: int, gradient: Tensor, mask: Tensor | None) -> Tensor:
+        """See `Guess`."""
+        if place not in self.maps:
+            raise ModelError(f"no backward map for layer {place}: fit them anew: spry fit-maps")
+        return self.maps[place](gradient, mask)
+
+
+def positions(gradient: Tensor) -> Tensor:
+    """Each token's relative position to the one the loss sits on, the largest gradient of its row.
+
+    Args:
+        gradient: (batch, tokens, hidden).
+
+    Returns:
+        (batch, tokens), whole numbers below `NUM_POSITIONS`.
+    """
+    batch, tokens, _ = gradient.shape
+    source = gradient.float().square().sum(-1).argmax(1, keepdim=True)  # (batch, 1)
+    distance = torch.arange(tokens, device=gradient.device).expand(batch, tokens) - source
+    edges = torch.tensor(EDGES, device=gradient.device)
+    bucket = torch.bucketize(distance.abs(), edges, right=True)
+    return torch.where(distance < 0, bucket + len(EDGES), bucket)
