@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from spryfl.errors import ConfigError, nearest
-from spryfl.federated.method import METHODS
+from spryfl.federated.method import METHODS, Estimator
 from spryfl.sizes import parse_size
 
 if sys.version_info >= (3, 11):
@@ -103,6 +103,7 @@ class MethodConfig(Part):
     """The federated method and its estimator's settings."""
 
     name: str = "spry"
+    estimator: Estimator | None = Field(None, description="how clients estimate gradients; the method's own by default")
     num_tangents: Positive = Field(1, description="K: directions a step; unused by backprop")
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     step_size: PositiveFloat = Field(1e-3, description="h of the zeroth-order difference")
@@ -116,12 +117,49 @@ class MethodConfig(Part):
     def _known_and_possible(self) -> "MethodConfig":
         if self.name not in METHODS:
             raise ValueError(f"unknown method '{self.name}'.{nearest(self.name, METHODS)} See: spry list methods")
-        if self.upload == "slopes" and METHODS[self.name].estimator == "backprop":
-            raise ValueError(f"upload = 'slopes': {self.name} uses backprop, which has none; leave upload out")
+        if (self.upload or METHODS[self.name].upload) == "slopes" and self.own_estimator in ("backprop", "guided"):
+            raise ValueError(
+                f"upload = 'slopes': nothing can be rebuilt from them with estimator '{self.own_estimator}', whose "
+                "directions are not drawn from a seed; set upload = 'values' or another method"
+            )
         if self.checkpointing == "budgeted" and self.budget is None:
             raise ValueError("checkpointing = 'budgeted' needs a budget, such as budget = '64MiB'")
         if self.budget is not None and self.checkpointing != "budgeted":
             raise ValueError(f"budget belongs to checkpointing = 'budgeted', not '{self.checkpointing}': leave it out")
+        return self
+
+    @property
+    def own_estimator(self) -> Estimator:
+        """The estimator asked for, or the method's own."""
+        return self.estimator or METHODS[self.name].estimator
+
+
+class GuideConfig(Part):
+    """Guided tangents: where their directions come from, and how the server keeps backward maps."""
+
+    guess: Literal["identity", "maps"] = Field("identity", description="what the layers between count as")
+    horizon: int = Field(0, ge=0, description="layers, from the top, that are back-propagated through exactly")
+    slopes: Literal["none", "step", "unit", "tensor"] = Field(
+        "unit", description="one slope a step, a unit or a tensor; none takes the guess as it is, for a pass less"
+    )
+    explore: bool = Field(False, description="add a random tangent orthogonal to the guess: unbiased, noisier")
+    momentum: bool = Field(False, description="take the slope along the server's momentum too")
+    maps: str | None = Field(None, description="backward maps written by spry fit-maps")
+    text: str | None = Field(None, description="public text: the server fits maps on it, and anew when they drift")
+    text_columns: tuple[str, ...] | None = Field(None, description="in the public text; data.text_columns by default")
+    num_texts: Positive = 512
+    rank: Positive = Field(32, description="directions of the last hidden state's gradient that maps carry, at most")
+    across: bool = Field(True, description="model the gradient on other tokens than the one the loss sits on")
+    ridge: PositiveFloat = 1e-3
+    check_every: Positive = Field(5, description="rounds after which the server measures the maps' cosine again")
+    refit_below: float = Field(0.9, ge=0, le=1, description="refit when it falls below this part of the first one")
+
+    @model_validator(mode="after")
+    def _maps_have_a_source(self) -> "GuideConfig":
+        if self.guess == "maps" and self.maps is None and self.text is None:
+            raise ValueError("guess = 'maps' needs maps (a file written by spry fit-maps) or text (to fit them on)")
+        if self.guess != "maps" and (self.maps is not None or self.text is not None):
+            raise ValueError(f"maps and text belong to guess = 'maps', not '{self.guess}': set that, or leave them out")
         return self
 
 
@@ -189,6 +227,7 @@ class RunConfig(Part):
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     method: MethodConfig = MethodConfig()
+    guide: GuideConfig = GuideConfig()
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -203,6 +242,9 @@ class RunConfig(Part):
                 f"server.cohort_size = {self.server.cohort_size} exceeds partition.num_clients = "
                 f"{self.partition.num_clients}: lower the cohort or raise the number of clients"
             )
+        server = self.server.optimizer or METHODS[self.method.name].server
+        if self.guide.momentum and server == "sgd":
+            raise ValueError("guide.momentum: server.optimizer = 'sgd' keeps no momentum; choose 'yogi' or 'adam'")
         names = [entry.name for entry in self.compare]
         if len(set(names)) < len(names):
             raise ValueError(f"compare: names must differ, got {names}")

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.errors import SpryError
-from spryfl.federated.fitting import PassSettings
 from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
 from spryfl.federated.messages import ClientTask, ClientUpdate
 from spryfl.federated.method import Pace
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.directions import DirectionStream, Distribution
 from spryfl.gradients.estimator import GradientEstimator, Loss
+from spryfl.gradients.guided import GuidedGradient
 
 BatchT = TypeVar("BatchT")
 
@@ -82,7 +82,7 @@ class Client(Generic[BatchT]):
         optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
         losses, slopes, num_seen, gradients = [], [], 0, {}
         random = torch.random.fork_rng(devices=self._accelerators())
-        estimator, chunks = self._estimator(task.settings), chunks_of(task.settings.chunk_bytes)
+        estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
             for step, rows in enumerate(self._batches(task)):
                 estimate = estimator.estimate(
@@ -110,11 +110,14 @@ class Client(Generic[BatchT]):
             seconds=time.perf_counter() - started,
         )
 
-    def _estimator(self, settings: PassSettings) -> GradientEstimator:
-        """The run's estimator, with as many tangents as this client has memory for."""
-        if settings.num_tangents is None:
-            return self.estimator
-        return replace(self.estimator, num_tangents=settings.num_tangents)  # type: ignore[type-var]
+    def _estimator(self, task: ClientTask) -> GradientEstimator:
+        """The run's estimator, with as many tangents as this client has memory for and the guides it was sent."""
+        estimator = self.estimator
+        if isinstance(estimator, GuidedGradient):
+            return estimator.guided_by(task.maps, task.momentum)
+        if task.settings.num_tangents is None:
+            return estimator
+        return replace(estimator, num_tangents=task.settings.num_tangents)  # type: ignore[type-var]
 
     def _batches(self, task: ClientTask) -> Iterator[np.ndarray]:
         """Row numbers of each local step's batch: shuffled anew each round and epoch, from the seed."""

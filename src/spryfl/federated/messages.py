@@ -25,6 +25,8 @@ class ClientTask:
             others are part of the function this client differentiates.
         upload: what to send back.
         settings: with which its passes fit the client's memory.
+        maps: backward maps of its layers, for guided tangents (`gradients.guesses.tensors_of`).
+        momentum: the server's, of its parameters, where tangents are taken along it.
     """
 
     round: int
@@ -35,11 +37,13 @@ class ClientTask:
     values: dict[str, Tensor]
     upload: Upload
     settings: PassSettings = field(default_factory=PassSettings)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    momentum: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def payload_bytes(self) -> int:
         """Tensor bytes and the seed; names and framing not counted."""
-        return _tensor_bytes(self.values) + SEED_BYTES
+        return sum(map(_tensor_bytes, (self.values, self.maps, self.momentum))) + SEED_BYTES
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ reports is no concern of it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -18,9 +18,10 @@ from spryfl.federated.fitting import Deal, Fit, PassSettings, deal_within
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
 from spryfl.federated.method import Assignment, Upload
 from spryfl.federated.sampling import sample_cohort
-from spryfl.federated.server_optimizer import Moments, ServerUpdate
+from spryfl.federated.server_optimizer import Moments, ServerUpdate, momentum_of
 from spryfl.federated.validation import validate_update
 from spryfl.gradients.estimator import gradient_from_slopes
+from spryfl.gradients.guesses import maps_for
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class FederatedState:
         round: rounds done.
         values: every trainable parameter, float32 on the CPU.
         moments: of the server optimizer.
+        maps: backward maps of all layers, for guided tangents.
     """
 
     round: int
     values: dict[str, Tensor]
     moments: Moments = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Federation:
         shared: units every client of the cohort trains (the head, by default).
         rotate: start the cycle of units one further each round; the released code always starts at 0.
         fit: what a client can hold, where memory is a matter.
+        places: unit -> the calls of layers it lies in, whose backward maps its clients need.
+        momentum: whether clients are sent the server's momentum of their parameters.
     """
 
     seed: int
@@ -60,6 +65,8 @@ class Federation:
     training: LocalTraining
     server: ServerUpdate
     fit: Fit | None = None
+    places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    momentum: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,15 +178,18 @@ def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federati
 
 def _task(state: FederatedState, federation: Federation, client: int, deal: Deal) -> ClientTask:
     units = deal.units[client]
+    parameters = tuple(name for unit in units for name in federation.units[unit])
     return ClientTask(
         round=state.round + 1,
         client=client,
         seed=federation.seed,
         units=tuple(units),
-        parameters=tuple(name for unit in units for name in federation.units[unit]),
+        parameters=parameters,
         values=state.values,
         upload=federation.upload,
         settings=deal.settings[client],
+        maps=maps_for(state.maps, {place for unit in units for place in federation.places.get(unit, ())}),
+        momentum=momentum_of(state.moments, parameters) if federation.momentum else {},
     )
 
 

@@ -10,7 +10,7 @@ D is the mean change that a parameter's clients propose (their mean minus the ol
 gradient). v starts at tau^2 and there is no bias correction, as in the paper's algorithm 2.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,11 @@ def default_learning_rate(kind: ServerOptimizer, pace: Pace) -> float:
     if kind == "sgd":
         return 1.0 if pace == "epoch" else 0.1
     return 1e-2
+
+
+def momentum_of(moments: Moments, parameters: Sequence[str]) -> dict[str, Tensor]:
+    """The first moment m of some parameters, as far as they have been updated."""
+    return {name: moments[f"m/{name}"] for name in parameters if f"m/{name}" in moments}
 
 
 @dataclass(frozen=True)

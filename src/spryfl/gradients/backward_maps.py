@@ -97,8 +97,8 @@ def fit_backward_maps(
     """
     if settings.horizon >= len(layers) - 1:
         raise ModelError(
-            f"guide.horizon = {settings.horizon}: the gradient is then known at all {len(layers)} layers of this model and "
-            "there is nothing to guess: lower the horizon, or leave the maps out"
+            f"guide.horizon = {settings.horizon}: the gradient is then known at all of this model's {len(layers)} layers; "
+            "nothing is left to guess: lower the horizon, or leave the maps out"
         )
     waiting: list[GradientsByLayer] = []
     fit: _Regression | None = None

@@ -8,7 +8,7 @@ reaches a token from the one the loss sits on, by relative position b(t): in the
 gradient lies on other tokens than that one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +83,28 @@ class MapGuess:
         if place not in self.maps:
             raise ModelError(f"no backward map for layer {place}: fit them anew: spry fit-maps")
         return self.maps[place](gradient, mask)
+
+
+def tensors_of(maps: Mapping[int, BackwardMap]) -> dict[str, Tensor]:
+    """Maps as plain tensors, "basis" (the same for all) and "PLACE/own", "PLACE/across", to be sent or stored."""
+    tensors = {"basis": found.basis for found in list(maps.values())[:1]}
+    for place, found in maps.items():
+        tensors[f"{place}/own"] = found.own
+        if found.across is not None:
+            tensors[f"{place}/across"] = found.across
+    return tensors
+
+
+def maps_from(tensors: Mapping[str, Tensor]) -> dict[int, BackwardMap]:
+    """The maps that `tensors_of` laid out."""
+    places = sorted(int(name.partition("/")[0]) for name in tensors if name.endswith("/own"))
+    return {p: BackwardMap(tensors["basis"], tensors[f"{p}/own"], tensors.get(f"{p}/across")) for p in places}
+
+
+def maps_for(tensors: Mapping[str, Tensor], places: Collection[int]) -> dict[str, Tensor]:
+    """Of laid-out maps, those of some places: what a client that trains there is sent."""
+    own = {name: t for name, t in tensors.items() if name != "basis" and int(name.partition("/")[0]) in places}
+    return {"basis": tensors["basis"], **own} if own else {}
 
 
 def positions(gradient: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ the guess better; through all of them, g is the gradient.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from spryfl.errors import ModelError
 from spryfl.gradients.backprop import only_requiring_grad
 from spryfl.gradients.estimator import Draw, GradientEstimate, Loss
 from spryfl.gradients.forward import loss_and_slopes
-from spryfl.gradients.guesses import Guess, identity
+from spryfl.gradients.guesses import Guess, MapGuess, identity, maps_from
 from spryfl.gradients.reverse import GradientSums, reverse_call
 from spryfl.gradients.trace import REMEDY, Trace, trace
 
@@ -53,6 +53,11 @@ class GuidedGradient:
     unit_of: Mapping[str, str] = field(default_factory=dict)
     explore: bool = False
     momentum: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def guided_by(self, maps: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> "GuidedGradient":
+        """The same with what the server sent: maps laid out as tensors, and its momentum."""
+        guess = MapGuess(maps_from(maps)) if maps else self.guess
+        return replace(self, guess=guess, momentum=momentum)
 
     def estimate(
         self, model: nn.Module, loss: Loss, parameters: Sequence[str], draw: Draw, num_examples: int

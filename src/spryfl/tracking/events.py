@@ -17,6 +17,8 @@ class RoundEvent:
         failures, refused: "client: reason".
         untrained: units nobody trained; unheld: units that no client of the cohort has the memory for.
         settings: of each client, where memory is a matter: client, num_tangents, chunk_bytes.
+        guess_cosine: mean cosine of guessed and true gradients on public text, where the server measured it.
+        maps_fitted: whether it fitted the backward maps anew before this round's end.
     """
 
     round: int
@@ -35,6 +37,8 @@ class RoundEvent:
     untrained: tuple[str, ...] = ()
     unheld: tuple[str, ...] = ()
     settings: tuple[dict[str, Any], ...] = ()
+    guess_cosine: float | None = None
+    maps_fitted: bool = False
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)

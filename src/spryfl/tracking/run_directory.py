@@ -92,6 +92,7 @@ class RunDirectory:
     def write_checkpoint(self, state: FederatedState) -> None:
         tensors = {f"values/{name}": tensor.contiguous() for name, tensor in state.values.items()}
         tensors |= {f"moments/{name}": tensor.contiguous() for name, tensor in state.moments.items()}
+        tensors |= {f"maps/{name}": tensor.contiguous() for name, tensor in state.maps.items()}
         write_atomically(self.checkpoint_file, save(tensors, metadata={"round": str(state.round)}))
 
     def read_checkpoint(self) -> FederatedState | None:
@@ -104,11 +105,11 @@ class RunDirectory:
                 round = int(handle.metadata()["round"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunDirectoryError(f"{self.checkpoint_file}: not a checkpoint of ours, or damaged: {error}") from error
-        parts: dict[str, dict[str, Any]] = {"values": {}, "moments": {}}
+        parts: dict[str, dict[str, Any]] = {"values": {}, "moments": {}, "maps": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
-        return FederatedState(round, parts["values"], parts["moments"])
+        return FederatedState(round, parts["values"], parts["moments"], parts["maps"])
 
     def write_summary(self, summary: Summary) -> None:
         write_atomically(self.summary_file, (json.dumps(summary.as_row(), indent=2) + "\n").encode())
