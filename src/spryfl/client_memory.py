@@ -144,8 +144,8 @@ def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: 
     packed = kind != "none"
     precision = cast(Precision, kind if packed else str(adapted.dtype).removeprefix("torch."))
     head = _head_modules(adapted)
-    weights = count_weights(model.config, precision, adapted.dtype, batch * tokens, head)
-    work = Work(model.config, config.adapter, batch, tokens, adapted.dtype, packed, head)
+    weights = count_weights(model.config, precision, adapted.dtype, batch * tokens, head, config.task.kind)
+    work = Work(model.config, config.adapter, batch, tokens, adapted.dtype, packed, head, config.task.kind)
     by_checkpointing: dict[str, Passes] = {"none": "backprop", "per_layer": "per_layer", "budgeted": "budgeted"}
     with_slopes: dict[str, Passes] = {"forward": "forward", "zeroth_order": "zeroth_order"}
     return ClientMemory(

@@ -4,6 +4,7 @@ A run's file is TOML with one table per part; `load_config` reads it, applies ov
 every problem at once, each with its remedy.
 """
 
+import string
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ Size = Annotated[int, BeforeValidator(_size)]
 
 
 ADAPTER_KINDS = {"lora": "low-rank pairs A, B beside frozen linear maps (any rank, any target modules, rsLoRA)"}
+
+
+TaskKind = Literal["classification", "prompted"]
+TASK_KINDS: dict[TaskKind, str] = {
+    "classification": "a classification head, trained with the adapter, on any model",
+    "prompted": "a decoder's next token after a prompt, compared among one label word a class; no head is trained",
+}
 
 
 class Part(BaseModel):
@@ -81,6 +89,42 @@ class DataConfig(Part):
     max_tokens: Positive = Field(64, description="longer texts are truncated")
     max_train_examples: Positive | None = None
     max_test_examples: Positive | None = None
+
+
+class TaskConfig(Part):
+    """How a model is made to tell the classes apart."""
+
+    kind: TaskKind = "classification"
+    template: str | None = Field(None, description="prompted: the prompt, such as 'Review: {text}\\nSentiment:'")
+    label_words: tuple[str, ...] | None = Field(
+        None, description="prompted: one a class, in the order of the class numbers, such as [' negative', ' positive']"
+    )
+
+    @model_validator(mode="after")
+    def _prompt_belongs_to_its_kind(self) -> "TaskConfig":
+        given = [name for name in ("template", "label_words") if getattr(self, name) is not None]
+        if self.kind != "prompted" and given:
+            raise ValueError(f"{' and '.join(given)} belong to kind = 'prompted': set it, or leave them out")
+        if self.kind == "prompted" and len(given) < 2:
+            raise ValueError(
+                "kind = 'prompted' needs a template and label_words, such as template = 'Review: {text}\\nSentiment:' "
+                "and label_words = [' negative', ' positive']"
+            )
+        return self
+
+    @property
+    def pieces(self) -> tuple[tuple[str, str | None], ...]:
+        """The template in order: literal text, and the column that follows it, None after the last piece.
+
+        Raises:
+            ValueError: it is no template.
+        """
+        found = []
+        for literal, column, spec, conversion in string.Formatter().parse(self.template or ""):
+            if spec or conversion:
+                raise ValueError(f"'{{{column}}}' is given a format: write the column alone")
+            found.append((literal, column))
+        return tuple(found)
 
 
 class PartitionConfig(Part):
@@ -225,6 +269,7 @@ class RunConfig(Part):
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
     partition: PartitionConfig = PartitionConfig()
     method: MethodConfig = MethodConfig()
     guide: GuideConfig = GuideConfig()
@@ -248,6 +293,28 @@ class RunConfig(Part):
         names = [entry.name for entry in self.compare]
         if len(set(names)) < len(names):
             raise ValueError(f"compare: names must differ, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _template_takes_the_columns(self) -> "RunConfig":
+        if self.task.kind != "prompted":
+            return self
+        columns = self.data.text_columns
+        try:
+            fields = {column for _, column in self.task.pieces if column is not None}
+        except ValueError as error:
+            raise ValueError(f"task.template: {error}; a brace that is no column is doubled, {{{{ or }}}}") from None
+        for field in sorted(fields.difference(columns)):
+            raise ValueError(
+                f"task.template: '{{{field}}}' is not among data.text_columns = {list(columns)}."
+                f"{nearest(field, columns)} Add it there, or double the braces if it is no column"
+            )
+        for column in columns:
+            if column not in fields:
+                raise ValueError(
+                    f"task.template: has no {{{column}}}, which is among data.text_columns: put it into the template, "
+                    "or take it out there"
+                )
         return self
 
     def compared(self) -> "dict[str, RunConfig]":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from spryfl.config import AdapterConfig
+from spryfl.config import AdapterConfig, TaskKind
 from spryfl.errors import ConfigError
 from spryfl.federated.messages import SEED_BYTES
 from spryfl.gradients.revolve import num_advances
@@ -33,6 +33,7 @@ class PlanRequest:
         cohort_size: clients among which units are split; one client trains all of them.
         budget_bytes: what a client may take, resident; None plans without one.
         dtype: what packed weights compute in, and the dense precision that is preferred.
+        task: what the model is for.
     """
 
     config: Any
@@ -43,6 +44,7 @@ class PlanRequest:
     cohort_size: int = 1
     budget_bytes: int | None = None
     dtype: torch.dtype = torch.float32
+    task: TaskKind = "classification"
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -131,7 +133,9 @@ class DryRuns:
         key = (dtype or self._request.dtype if packed else getattr(torch, precision), packed)
         if key not in self._made:
             request = self._request
-            self._made[key] = DryRun(Work(request.config, request.adapter, request.batch, request.tokens, *key))
+            self._made[key] = DryRun(
+                Work(request.config, request.adapter, request.batch, request.tokens, *key, task=request.task)
+            )
         return self._made[key]
 
 
@@ -249,4 +253,4 @@ class Predictor:
 
     def _weights(self, dtype: torch.dtype) -> WeightBytes:
         num_tokens = self.request.batch * self.request.tokens
-        return count_weights(self.request.config, self.precision, dtype, num_tokens)
+        return count_weights(self.request.config, self.precision, dtype, num_tokens, task=self.request.task)

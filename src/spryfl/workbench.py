@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from spryfl.client_memory import ClientMemory, client_memory
-from spryfl.config import RunConfig
+from spryfl.config import RunConfig, TaskKind
 from spryfl.data.classification import Batch, Classification, Examples, tokenize
-from spryfl.data.loading import load_rows
+from spryfl.data.loading import LabelledRows, load_rows
 from spryfl.data.partition import Partition, partition_rows
+from spryfl.data.prompted import PromptedClassification, label_tokens, tokenize_prompts
 from spryfl.errors import ConfigError, DataError, nearest
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import FederatedState, Federation
 from spryfl.federated.server_optimizer import ServerUpdate, default_learning_rate
+from spryfl.forward_mode.next_token import takes_positions
 from spryfl.forward_mode.support import require_support
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.estimator import GradientEstimator
@@ -36,12 +39,37 @@ ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
     "backprop": lambda config: Backprop(config.method.checkpointing, layer_calls, config.method.budget),
 }
 
+Task = Classification | PromptedClassification
+
+
+def _classification(config: RunConfig, rows: LabelledRows, adapted: AdaptedModel) -> tuple[Task, Examples, Examples]:
+    tokenizer = adapted.tokenizer
+    task = Classification(DataCollatorWithPadding(tokenizer), adapted.model.device)
+    train, test = (tokenize(split, config.data, tokenizer) for split in (rows.train, rows.test))
+    return task, train, test
+
+
+def _prompted(config: RunConfig, rows: LabelledRows, adapted: AdaptedModel) -> tuple[Task, Examples, Examples]:
+    tokenizer, device = adapted.tokenizer, adapted.model.device
+    words = torch.tensor(label_tokens(config.data, config.task, tokenizer, rows.label_names), device=device)
+    positions = takes_positions(adapted.model.get_base_model())
+    task = PromptedClassification(words, tokenizer.pad_token_id, positions, device)
+    train, test = (tokenize_prompts(split, config.data, config.task, tokenizer) for split in (rows.train, rows.test))
+    return task, train, test
+
+
+TASKS: dict[TaskKind, Callable[[RunConfig, LabelledRows, AdaptedModel], tuple[Task, Examples, Examples]]] = {
+    "classification": _classification,
+    "prompted": _prompted,
+}
+"""Each makes the task, and the train and test rows tokenized for it."""
+
 
 @dataclass(frozen=True)
 class PartitionData:
     """One client's view of the tokenized training data."""
 
-    task: Classification
+    task: Task
     examples: Examples
     rows: np.ndarray
 
@@ -61,7 +89,7 @@ class Workbench:
 
     config: RunConfig
     adapted: AdaptedModel
-    task: Classification
+    task: Task
     train: Examples
     test: Examples
     partition: Partition
@@ -82,18 +110,12 @@ class Workbench:
         )
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
         low_precision = METHODS[config.method.name].estimator != "zeroth_order"
-        adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, low_precision=low_precision)
+        options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
+        adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, **options)
         if METHODS[config.method.name].estimator == "forward":
             require_support(adapted.model, config.model.name)
-        tokenizer = adapted.tokenizer
-        bench = cls(
-            config,
-            adapted,
-            Classification(DataCollatorWithPadding(tokenizer), adapted.model.device),
-            tokenize(rows.train, config.data, tokenizer),
-            tokenize(rows.test, config.data, tokenizer),
-            partition,
-        )
+        task, train, test = TASKS[config.task.kind](config, rows, adapted)
+        bench = cls(config, adapted, task, train, test, partition)
         bench._require_budget()
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench

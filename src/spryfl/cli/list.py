@@ -16,13 +16,14 @@ class Kind(str, Enum):
     models = "models"
     datasets = "datasets"
     adapters = "adapters"
+    tasks = "tasks"
 
 
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """List the methods, built-in models, built-in datasets or adapters."""
+    """List the methods, built-in models, built-in datasets, adapters or tasks."""
     rows = _rows(kind)
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -68,6 +69,8 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
 
         own = [{"name": f"builtin:{n}", "about": d.summary} for n, d in BUILTIN_DATASETS.items()]
         return [*own, {"name": "HUB_ID or ./PATH", "about": "a hub dataset, or local Parquet, CSV or JSONL"}]
-    from spryfl.config import ADAPTER_KINDS
+    from spryfl.config import ADAPTER_KINDS, TASK_KINDS
 
+    if kind is Kind.tasks:
+        return [{"name": name, "about": about} for name, about in TASK_KINDS.items()]
     return [{"name": name, "about": about} for name, about in ADAPTER_KINDS.items()]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spryfl.config import TaskKind
 from spryfl.sizes import parse_rate, parse_size, short_size
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def plan(
     k: Annotated[int, typer.Option("--k", min=1, help="Tangents a step, and directions of zeroth order.")] = 1,
     cohort: Annotated[int, typer.Option(min=1, help="Clients among which a round's units are split.")] = 1,
     dtype: Annotated[str, typer.Option(help="What packed weights compute in: auto, float32 or bfloat16.")] = "auto",
+    task: Annotated[TaskKind, typer.Option(help="What it is to do; see: spry list tasks.")] = "classification",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Predict peak memory, time a step and traffic of every way to train a model, from its configuration alone."""
@@ -34,12 +36,15 @@ def plan(
     bytes_per_second = None if bandwidth is None else parse_rate(bandwidth)
     # After the arguments are known to be good: this imports torch.
     from spryfl.config import AdapterConfig, parse_config
+    from spryfl.models.classes import require_class
     from spryfl.models.loading import read_config, resolve_device, resolve_dtype
     from spryfl.plan import PlanRequest, make_plan
 
     config = parse_config({"model": {"name": model, "dtype": dtype}}).model
+    read = read_config(config)
+    require_class(read, model, task)
     request = PlanRequest(
-        config=read_config(config),
+        config=read,
         adapter=AdapterConfig(rank=rank),
         batch=batch,
         tokens=tokens,
@@ -47,6 +52,7 @@ def plan(
         cohort_size=cohort,
         budget_bytes=budget_bytes,
         dtype=resolve_dtype(config.dtype, resolve_device("cpu")),
+        task=task,
     )
     made = make_plan(request)
     made.require_fit()

@@ -69,11 +69,21 @@ def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:
     Raises:
         DataError: `max_tokens` exceeds what the model can read.
     """
-    limit = tokenizer.model_max_length
-    if config.max_tokens > limit:
-        raise DataError(f"data.max_tokens = {config.max_tokens}: the model reads at most {limit} tokens")
+    limit = token_limit(config, tokenizer)
     texts = [list(rows[column]) for column in config.text_columns]
-    encoded = tokenizer(*texts, truncation=True, max_length=config.max_tokens)
+    encoded = tokenizer(*texts, truncation=True, max_length=limit)
     names = list(encoded)
     encodings = [dict(zip(names, values, strict=True)) for values in zip(*(encoded[n] for n in names), strict=True)]
     return Examples(encodings, np.asarray(rows[config.label_column][:], dtype=np.int64))
+
+
+def token_limit(config: DataConfig, tokenizer: Any) -> int:
+    """`max_tokens`, which the model can read.
+
+    Raises:
+        DataError: it cannot.
+    """
+    limit = tokenizer.model_max_length
+    if config.max_tokens > limit:
+        raise DataError(f"data.max_tokens = {config.max_tokens}: the model reads at most {limit} tokens")
+    return config.max_tokens

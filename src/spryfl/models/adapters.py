@@ -7,8 +7,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from spryfl.config import AdapterConfig
+from spryfl.config import AdapterConfig, TaskKind
 from spryfl.errors import ModelError
+from spryfl.models.classes import MODEL_CLASSES
 
 # Query and value projections by model family, as module-name suffixes; the first present pair is taken.
 QUERY_VALUE: tuple[tuple[str, str], ...] = (
@@ -18,7 +19,7 @@ QUERY_VALUE: tuple[tuple[str, str], ...] = (
 )
 
 
-def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str]) -> PeftConfig:
+def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], kind: TaskType) -> PeftConfig:
     """LoRA (Hu et al. 2022): W x + (alpha / r) B A x, with A (r x in) and B (out x r) trained."""
     return LoraConfig(
         r=config.rank,
@@ -27,14 +28,16 @@ def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str]) ->
         use_rslora=config.rslora,
         target_modules=list(targets),
         modules_to_save=list(head),
-        task_type=TaskType.SEQ_CLS,
+        task_type=kind,
     )
 
 
-ADAPTERS: dict[str, Callable[[AdapterConfig, Sequence[str], Sequence[str]], PeftConfig]] = {"lora": _lora}
+ADAPTERS: dict[str, Callable[[AdapterConfig, Sequence[str], Sequence[str], TaskType], PeftConfig]] = {"lora": _lora}
 
 
-def adapter_config(config: AdapterConfig, model: nn.Module, head: Sequence[str]) -> PeftConfig:
+def adapter_config(
+    config: AdapterConfig, model: nn.Module, head: Sequence[str], task: TaskKind = "classification"
+) -> PeftConfig:
     """The PEFT configuration of an adapter for a model.
 
     Args:
@@ -45,7 +48,7 @@ def adapter_config(config: AdapterConfig, model: nn.Module, head: Sequence[str])
     Raises:
         ModelError: the target modules are not in the model.
     """
-    return ADAPTERS[config.kind](config, target_modules(config, model), head)
+    return ADAPTERS[config.kind](config, target_modules(config, model), head, MODEL_CLASSES[task].peft)
 
 
 def add_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:

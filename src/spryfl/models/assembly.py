@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from spryfl.config import TaskKind
 from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.models.checkpoint import Checkpoint
+from spryfl.models.classes import MODEL_CLASSES
 from spryfl.models.quantization import packed_parameter, quantize, replace_linear
 
 _PART = re.compile(
@@ -75,13 +77,16 @@ class Slot:
             setattr(self.module, "quant_state", getattr(value, "quant_state", None))  # noqa: B010  # not nn.Module's
 
 
-def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A sequence classifier whose parameters are on the meta device and whose buffers are real."""
+def empty_model(
+    config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, task: TaskKind = "classification"
+) -> PreTrainedModel:
+    """A task's model whose parameters are on the meta device and whose buffers are real."""
     register_attention()
     with init_empty_weights(include_buffers=False):
-        return AutoModelForSequenceClassification.from_config(
+        made: PreTrainedModel = MODEL_CLASSES[task].auto.from_config(
             copy.deepcopy(config), dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=trust_remote_code
         )
+    return made
 
 
 def tensors_of(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spryfl.config import ModelConfig
+from spryfl.config import ModelConfig, TaskKind
 from spryfl.errors import ModelError
 from spryfl.models.assembly import Slot, empty_model, fill, initialize, prepare, tensors_of
 from spryfl.models.checkpoint import Checkpoint
+from spryfl.models.classes import output_head
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import transformer_layers
 from spryfl.models.quantization import (
@@ -48,9 +49,14 @@ class BuiltModel:
 
 
 def build(
-    config: ModelConfig, checkpoint: Checkpoint, model_config: Any, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    model_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    task: TaskKind = "classification",
 ) -> BuiltModel:
-    """Build a sequence classifier whose weights never lie in memory in full precision all at once.
+    """Build a task's model whose weights never lie in memory in full precision all at once.
 
     Args:
         model_config: transformers' own, with the number of labels.
@@ -68,16 +74,19 @@ def build(
             f"model.streamed: weights pass through as they lie on disk, and {config.name} is not quantized there; "
             f"quantize it first: spry quantize {config.name} OUT_DIR --precision {kind}"
         )
-    base = empty_model(model_config, dtype, trust_remote_code=config.trust_remote_code)
+    base = empty_model(model_config, dtype, trust_remote_code=config.trust_remote_code, task=task)
     tensors = tensors_of(base, checkpoint.files)
-    missing = [path for path, _ in base.named_parameters() if path not in tensors]
+    # What is tied to a tensor that is there need not be there itself.
+    there = {*tensors, *(path for path, source in base.all_tied_weights_keys.items() if source in tensors)}
+    missing = [path for path, _ in base.named_parameters() if path not in there]
     layers = transformer_layers(base)
     _check_layers(config, base, layers, missing)
-    head = head_modules(base, missing)
+    head = head_modules(base, missing, task)
     wanted = stored if kind is None else library_config(kind, head)
     outside, inside = prepare(base, tensors, layers, library_config=wanted, kind=kind)
     # All at once: where pages are mapped twice, the kernel counts them twice.
     fill(checkpoint, outside if config.streamed else [*outside, *chain(*inside)], dtype, device)
+    _tie(base, dtype)
     initialize(base, missing, dtype, device)
     _move_buffers(base, device)
     if config.streamed:
@@ -125,6 +134,15 @@ def _check_layers(
             f"model.streamed: {config.name} shares {len(layers)} set of weights among its {depth} layers, which would "
             f"be read {depth} times a pass to save nothing: leave the setting out"
         )
+
+
+def _tie(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make one of what the model shares, and let a head that is an embedding table too bear how the table lies."""
+    base.tie_weights()
+    path = output_head(base)
+    head: Any = None if path is None else base.get_submodule(path)
+    if head is not None and head.weight.dtype != dtype:
+        head.forward = lambda x: nn.functional.linear(x, head.weight.to(x.dtype), head.bias)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -7,6 +7,7 @@ takes, and the first two chunks and the last what all of them take.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
-from spryfl.config import AdapterConfig
+from spryfl.config import AdapterConfig, TaskKind
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run
 from spryfl.forward_mode.inject import injected
+from spryfl.forward_mode.next_token import next_token_logits, takes_positions
 from spryfl.gradients.backprop import Backprop
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import AdapterSize, PassCost
 from spryfl.models.adapters import adapter_config, add_adapter, dropout_modules
+from spryfl.models.classes import output_head
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.lean import make_lean
@@ -47,6 +50,7 @@ class Work:
         dtype: what it computes in.
         packed: whether frozen linear maps are held in 4 or 8 bits and unpacked for each product.
         head: modules trained in full; the known classification heads by default.
+        task: what the model is for, and so which loss it has.
     """
 
     config: Any
@@ -56,6 +60,7 @@ class Work:
     dtype: torch.dtype = torch.float32
     packed: bool = False
     head: tuple[str, ...] | None = None
+    task: TaskKind = "classification"
 
     @property
     def num_layers(self) -> int:
@@ -135,11 +140,11 @@ class HollowModel:
     """A model of some depth, adapted and lean, whose tensors have no memory."""
 
     def __init__(self, work: Work, depth: int) -> None:
-        base = hollow_model(shallower(work.config, depth), work.dtype)
-        head = head_modules(base, ()) if work.head is None else list(work.head)
-        model = add_adapter(base, adapter_config(work.adapter, base, head)).eval()
+        base = hollow_model(shallower(work.config, depth), work.dtype, work.task)
+        head = head_modules(base, (), work.task) if work.head is None else list(work.head)
+        model = add_adapter(base, adapter_config(work.adapter, base, head, work.task)).eval()
         if work.packed:
-            pack(model)
+            pack(model, [base.get_submodule(path) for path in [output_head(base)] if path])
         make_lean(model, {PackedLinear: unpacked})
         for dropout in dropout_modules(model):
             dropout.training = work.adapter.dropout > 0  # as in a client's update
@@ -150,20 +155,27 @@ class HollowModel:
             unit_values=sum(count for unit, count in values.items() if not unit.is_head),
             head_values=sum(count for unit, count in values.items() if unit.is_head),
         )
-        self.model = model
+        self.model, self._task = model, work.task
         self.names = parameters_of(units)
         lowest = set(layer_calls(model)[0].parameters())
         self.upper_names = [name for name in self.names if model.get_parameter(name) not in lowest]
         self.mode = FakeTensorMode()
         hollow_out(model, self.mode)
         with self.mode:
-            self._ids = torch.ones((work.batch, work.tokens), dtype=torch.long)
-            self._mask = torch.ones_like(self._ids)
+            ids = torch.ones((work.batch, work.tokens), dtype=torch.long)
+            self._inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if work.task == "prompted":
+                if takes_positions(base):
+                    self._inputs["position_ids"] = torch.ones_like(ids)
+                self._words = torch.zeros(base.config.num_labels, dtype=torch.long)
             self._labels = torch.zeros(work.batch, dtype=torch.long)
 
     def loss(self, model: nn.Module) -> Tensor:
-        """As `data.classification` has it, of a batch without padding."""
-        logits = model(input_ids=self._ids, attention_mask=self._mask).logits
+        """As `data.classification` or `data.prompted` has it, of a batch without padding."""
+        if self._task == "prompted":
+            logits = next_token_logits(model, self._inputs, self._words)
+        else:
+            logits = model(**self._inputs).logits
         return nn.functional.cross_entropy(logits.float(), self._labels)
 
     def infer(self) -> None:
@@ -221,11 +233,11 @@ def unpacked(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return torch.empty((module.out_features, module.in_features), dtype=dtype, device=module.weight.device)
 
 
-def pack(model: nn.Module) -> None:
-    """Put stand-ins in the place of a model's frozen linear maps."""
+def pack(model: nn.Module, dense: Sequence[nn.Module] = ()) -> None:
+    """Put stand-ins in the place of a model's frozen linear maps, but for the `dense` ones."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and not child.weight.requires_grad:
+            if type(child) is nn.Linear and child not in dense and not child.weight.requires_grad:
                 setattr(module, name, PackedLinear(child))
 
 

@@ -4,16 +4,30 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from spryfl.config import TaskKind
+from spryfl.errors import ModelError
+
 # A classification head by the names transformers gives it. A head is also whatever the checkpoint lacks.
 HEAD_NAMES = ("classifier", "score", "pre_classifier")
 
 
-def head_modules(base: nn.Module, missing: Sequence[str]) -> list[str]:
+def head_modules(base: nn.Module, missing: Sequence[str], task: TaskKind = "classification") -> list[str]:
     """Top-level modules to train in full: the known heads, and all that the checkpoint did not hold.
 
     A module the checkpoint lacks has random values that no one else can reproduce, so it must be
-    trained and saved with the adapter (DistilBERT's pre_classifier, a missing pooler).
+    trained and saved with the adapter (DistilBERT's pre_classifier, a missing pooler). A prompted model has nothing
+    of the kind: what it knows before training lies in all of its weights.
+
+    Raises:
+        ModelError: a prompted model lacks weights.
     """
+    if task == "prompted":
+        if missing:
+            raise ModelError(
+                f"task.kind = 'prompted': the checkpoint lacks {len(missing)} tensors, such as {sorted(missing)[0]}: "
+                "take one saved with its language-model head"
+            )
+        return []
     names = [name for name in HEAD_NAMES if hasattr(base, name)]
     for key in sorted(missing):
         parts = key.split(".")

@@ -15,10 +15,9 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from spryfl.config import AdapterConfig, ModelConfig
+from spryfl.config import AdapterConfig, ModelConfig, TaskKind
 from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.models.adapters import adapter_config, add_adapter
@@ -26,6 +25,7 @@ from spryfl.models.assembly import hollow
 from spryfl.models.building import BuiltModel, build, quantize_in_place
 from spryfl.models.builtin import PREFIX, locate
 from spryfl.models.checkpoint import Checkpoint
+from spryfl.models.classes import MODEL_CLASSES, quietly, require_class
 from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
 from spryfl.models.quantization import dense_weights
@@ -91,12 +91,18 @@ def find_model(name: str) -> Source:
 
 
 def load_model(
-    config: ModelConfig, adapter: AdapterConfig, num_labels: int, seed: int, *, low_precision: bool = True
+    config: ModelConfig,
+    adapter: AdapterConfig,
+    num_labels: int,
+    seed: int,
+    *,
+    low_precision: bool = True,
+    task: TaskKind = "classification",
 ) -> AdaptedModel:
-    """Load a base model for classification and put an adapter on it.
+    """Load a base model for a task and put an adapter on it.
 
     Args:
-        num_labels: width of the head.
+        num_labels: classes; the width of a classification head.
         seed: of the head's and the adapter's initial values.
         low_precision: whether dtype "auto" may choose bfloat16; finite differences cannot bear it.
 
@@ -112,11 +118,11 @@ def load_model(
         if source.gguf_file:
             options["gguf_file"] = source.gguf_file
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
-        built = _base_model(config, source, num_labels, dtype, device)
+        built = _base_model(config, source, num_labels, dtype, device, task)
         _prepare(built.base, tokenizer)
         built.base.name_or_path = source.published
         with hollow(built.streamed_slots, device):
-            model = add_adapter(built.base, adapter_config(adapter, built.base, built.head))
+            model = add_adapter(built.base, adapter_config(adapter, built.base, built.head, task))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(device, dtype)  # beside packed weights PEFT makes float32
@@ -127,7 +133,7 @@ def load_model(
 
 
 def _base_model(
-    config: ModelConfig, source: Source, num_labels: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, source: Source, num_labels: int, dtype: torch.dtype, device: torch.device, task: TaskKind
 ) -> BuiltModel:
     """The frozen model: as transformers loads it, or built empty if it is quantized or streamed."""
     if source.gguf_file:
@@ -136,28 +142,30 @@ def _base_model(
                 f"model.streamed: {config.name} is a GGUF file, whose weights cannot be used as they lie there; "
                 f"convert it first: spry quantize {config.name} OUT_DIR, or model.save_pretrained(OUT_DIR)"
             )
-        built = _whole(config, source, num_labels, dtype)
+        built = _whole(config, source, num_labels, dtype, task)
+        require_class(built.base.config, config.name, task)
         if config.quantization != "none":
             quantize_in_place(built.base, config.quantization, built.head)
         built.base.to(device)
         return built
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     loaded = AutoConfig.from_pretrained(source.location, num_labels=num_labels, **options)
+    require_class(loaded, config.name, task)
     quantized = config.quantization != "none" or getattr(loaded, "quantization_config", None) is not None
     if quantized or config.streamed:
-        return build(config, Checkpoint.open(local_folder(config, source)), loaded, dtype, device)
+        return build(config, Checkpoint.open(local_folder(config, source)), loaded, dtype, device, task)
     folder = Path(source.location)
     if any(folder.glob("*.safetensors")):
         Checkpoint.open(folder)  # names the file if one is corrupt
-    built = _whole(config, source, num_labels, dtype)
+    built = _whole(config, source, num_labels, dtype, task)
     built.base.to(device)
     return built
 
 
-def _whole(config: ModelConfig, source: Source, num_labels: int, dtype: torch.dtype) -> BuiltModel:
+def _whole(config: ModelConfig, source: Source, num_labels: int, dtype: torch.dtype, task: TaskKind) -> BuiltModel:
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options |= {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
-    base, info = AutoModelForSequenceClassification.from_pretrained(
+    base, info = MODEL_CLASSES[task].auto.from_pretrained(
         source.location,
         num_labels=num_labels,
         dtype=dtype,
@@ -165,7 +173,7 @@ def _whole(config: ModelConfig, source: Source, num_labels: int, dtype: torch.dt
         output_loading_info=True,
         **options,
     )
-    return BuiltModel(base, head_modules(base, info["missing_keys"]))
+    return BuiltModel(base, head_modules(base, info["missing_keys"], task))
 
 
 def local_folder(config: ModelConfig, source: Source) -> Path:
@@ -225,21 +233,6 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """No progress bars and load reports: a head missing from the checkpoint is expected here."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
 def explained(config: ModelConfig) -> Iterator[None]:
     """Turn what the libraries raise for a wrong name, no network or unsafe files into one clear line."""
     try:
@@ -265,13 +258,15 @@ def explained(config: ModelConfig) -> Iterator[None]:
         raise ModelError(f"model.name = '{config.name}': {remedy}") from error
 
 
-def skeleton(config: ModelConfig, num_labels: int = 2) -> PreTrainedModel:
+def skeleton(config: ModelConfig, num_labels: int = 2, task: TaskKind = "classification") -> PreTrainedModel:
     """The model with weights that take no memory: its configuration is all that is read.
 
     Every parameter is one zero seen through strides of 0, so a model of any size can be built, and run on
     a few tokens, on the smallest machine.
     """
-    return hollow_model(read_config(config, num_labels))
+    read = read_config(config, num_labels)
+    require_class(read, config.name, task)
+    return hollow_model(read, task=task)
 
 
 def read_config(config: ModelConfig, num_labels: int = 2) -> Any:
@@ -290,8 +285,8 @@ def read_config(config: ModelConfig, num_labels: int = 2) -> Any:
         )
 
 
-def hollow_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A sequence classifier of a transformers configuration, all zeros, in next to no memory.
+def hollow_model(config: Any, dtype: torch.dtype | None = None, task: TaskKind = "classification") -> PreTrainedModel:
+    """A task's model of a transformers configuration, all zeros, in next to no memory.
 
     Args:
         dtype: of its parameters; the configuration's own by default.
@@ -300,11 +295,14 @@ def hollow_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedMod
     config.use_cache = False
     config.pad_token_id = config.pad_token_id or 0
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
+        model: PreTrainedModel = MODEL_CLASSES[task].auto.from_config(
+            config, attn_implementation=ATTENTION_NAME, dtype=dtype
+        )
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             setattr(module, name, nn.Parameter(hollow, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    model.tie_weights()
     return model.eval()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spryfl.errors import ModelError
 from spryfl.forward_mode.packed import DenseWeight
+from spryfl.models.classes import output_head
 
 KINDS = ("nf4", "int8")
 _ROWS = 256
@@ -163,7 +164,8 @@ def replace_linear(model: nn.Module, config: Any, *, packed: bool) -> None:
     """Put quantized modules, on the meta device, in the place of linear ones; `packed` if weights come so."""
     from transformers.integrations import replace_with_bnb_linear
 
-    skip = config.llm_int8_skip_modules or []
+    head = output_head(model)
+    skip = [*(config.llm_int8_skip_modules or []), *([] if head is None else [head])]  # the library's own rule
     replace_with_bnb_linear(model, modules_to_not_convert=skip, quantization_config=config, pre_quantized=packed)
     kind = bitsandbytes().nn.Linear4bit
     for module in model.modules():

@@ -17,8 +17,9 @@ from spryfl.config import ModelConfig
 from spryfl.errors import ModelError
 from spryfl.models.assembly import empty_model, tensors_of
 from spryfl.models.checkpoint import Checkpoint
+from spryfl.models.classes import quietly
 from spryfl.models.heads import head_modules
-from spryfl.models.loading import explained, find_model, local_folder, quietly
+from spryfl.models.loading import explained, find_model, local_folder
 from spryfl.models.quantization import library_config, packed_bytes, quantize, stored_config
 from spryfl.models.shards import ShardWriter, new_folder
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from spryfl.config import TaskKind
+from spryfl.models.classes import output_head
 from spryfl.models.dry_run import shallower
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import transformer_layers
@@ -52,7 +54,12 @@ class WeightBytes:
 
 
 def count_weights(
-    config: Any, precision: Precision, dtype: torch.dtype, num_tokens: int, head: Sequence[str] | None = None
+    config: Any,
+    precision: Precision,
+    dtype: torch.dtype,
+    num_tokens: int,
+    head: Sequence[str] | None = None,
+    task: TaskKind = "classification",
 ) -> WeightBytes:
     """Count a model's frozen weights.
 
@@ -62,14 +69,16 @@ def count_weights(
         num_tokens: of a batch: at most so many rows of each embedding are looked up.
         head: modules trained in full, which count as adapter; the known classification heads by default.
     """
-    model = hollow_model(shallower(config, config.get_text_config().num_hidden_layers), dtype)
+    model = hollow_model(shallower(config, config.get_text_config().num_hidden_layers), dtype, task)
     packed = precision if precision in PACKED else None
-    excluded = [model.get_submodule(name) for name in (head_modules(model, ()) if head is None else head)]
+    excluded = [model.get_submodule(name) for name in (head_modules(model, (), task) if head is None else head)]
     seen = {parameter for module in excluded for parameter in module.parameters()}
     layers = [_bytes_of(layer, packed, seen) for layer in transformer_layers(model)]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     embedded = sum(e.weight.numel() * e.weight.element_size() for e in embeddings)
-    outside = _bytes_of(model, packed, seen)
+    vocabulary = output_head(model)
+    outside = 0 if vocabulary is None else _bytes_of(model.get_submodule(vocabulary), None, seen)  # never packed
+    outside += _bytes_of(model, packed, seen)
     touched = outside - embedded + sum(_touched(e, num_tokens) for e in embeddings)
     calls = model.config.get_text_config().num_hidden_layers
     return WeightBytes(tuple(layers), outside, touched, shared=calls > len(layers))

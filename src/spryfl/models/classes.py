@@ -1,0 +1,80 @@
+"""What kind of transformers model each task runs: a table."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import TaskType
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from spryfl.config import TaskKind
+from spryfl.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """A base model with its topmost layer.
+
+    Attributes:
+        auto: transformers' class that makes one of a configuration.
+        peft: what PEFT calls it; it decides which class opens the saved adapter.
+    """
+
+    auto: Any
+    peft: TaskType
+
+
+MODEL_CLASSES: dict[TaskKind, ModelClass] = {
+    "classification": ModelClass(AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "prompted": ModelClass(AutoModelForCausalLM, TaskType.CAUSAL_LM),
+}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars and load reports: a head missing from the checkpoint is expected here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def require_class(config: Any, name: str, task: TaskKind) -> None:
+    """Raise ModelError if a task needs a decoder and this transformers configuration is none's.
+
+    Transformers makes a "causal" BERT too, which sees the whole text and never learned to go on with it.
+    """
+    if task != "prompted" or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    if type(config) not in AutoModelForCausalLM._model_mapping or not _is_causal(config):
+        raise ModelError(
+            f"task.kind = 'prompted': {name} is a {config.model_type} model, no decoder that goes on with a prompt: "
+            "take one such as builtin:smollm2, or task.kind = 'classification'"
+        )
+
+
+def _is_causal(config: Any) -> bool:
+    """By its attention modules, as configurations of decoders may say `is_decoder = False` (GPT-NeoX)."""
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    with quietly(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return {getattr(module, "is_causal", None) for module in model.modules()} != {None, False}
+
+
+def output_head(model: nn.Module) -> str | None:
+    """Path of the linear map to the vocabulary; None where a model has none, as classifiers."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    return next((path for path, module in model.named_modules() if module is head), None)
