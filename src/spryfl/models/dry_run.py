@@ -22,7 +22,7 @@ from spryfl.forward_mode.inject import injected
 from spryfl.gradients.backprop import Backprop
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import AdapterSize, PassCost
-from spryfl.models.adapters import adapter_config, add_adapter, dropout_modules
+from spryfl.models.adapters import adapt, dropout_modules, own_modules
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.lean import make_lean
@@ -137,7 +137,7 @@ class HollowModel:
     def __init__(self, work: Work, depth: int) -> None:
         base = hollow_model(shallower(work.config, depth), work.dtype)
         head = head_modules(base, ()) if work.head is None else list(work.head)
-        model = add_adapter(base, adapter_config(work.adapter, base, head)).eval()
+        model = adapt(base, work.adapter, head).eval()
         if work.packed:
             pack(model)
         make_lean(model, {PackedLinear: unpacked})
@@ -222,8 +222,9 @@ def unpacked(module: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def pack(model: nn.Module) -> None:
-    """Put stand-ins in the place of a model's frozen linear maps."""
-    for module in list(model.modules()):
+    """Put stand-ins in the place of a model's frozen linear maps; an adapter's frozen factors stay dense."""
+    own = own_modules(model)
+    for module in [module for module in model.modules() if module not in own]:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and not child.weight.requires_grad:
                 setattr(module, name, PackedLinear(child))
