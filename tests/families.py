@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from peft import LoraConfig, TaskType
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -23,7 +22,8 @@ from transformers import (
 
 from spryfl.config import AdapterConfig
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
-from spryfl.models.adapters import add_adapter, target_modules
+from spryfl.models.adapters import adapt
+from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
 
 COMMON = {
@@ -64,19 +64,18 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: MistralConfig(**GROUPED, sliding_window=4),
 }
 
+RANK_2 = AdapterConfig(rank=2, alpha=2)
 DECODERS = ("llama", "opt", "qwen2", "qwen3", "gemma", "mistral")
 
 
-def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0) -> nn.Module:
+def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0, adapter: AdapterConfig = RANK_2) -> nn.Module:
     """A tiny adapted model with lean operators."""
     register_attention()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base = AutoModelForSequenceClassification.from_config(FAMILIES[family](), attn_implementation=attention)
         base = base.double()
-        targets = target_modules(AdapterConfig(), base)
-        lora = LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), task_type=TaskType.SEQ_CLS)
-        model = add_adapter(base, lora).eval()
+        model = adapt(base, adapter, head_modules(base, ())).eval()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.3)  # LoRA's B starts at zero, which would hide errors

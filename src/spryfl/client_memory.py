@@ -7,9 +7,9 @@ from typing import Literal, cast
 from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
 from spryfl.federated.fitting import PassSettings
-from spryfl.federated.method import METHODS
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES
 from spryfl.memory.plan import PROCESS_BYTES, adapter_state_bytes
+from spryfl.models.adapters import frozen_tensors
 from spryfl.models.dry_run import DryRun, Work
 from spryfl.models.layers import transformer_layers
 from spryfl.models.loading import AdaptedModel
@@ -30,7 +30,7 @@ class ClientMemory:
         dry: of the largest batch.
         passes: what the estimator runs.
         num_tangents: K of the run; a client without the memory takes half of it, a quarter, .. down to 1.
-        weights_bytes: frozen weights resident at a time.
+        weights_bytes: frozen weights resident at a time, an adapter's frozen factors among them.
         values: unit -> how many values it trains.
         layer: unit -> its layer; None for one above all layers (the head).
         checkpoint_budget_bytes: of passes "budgeted".
@@ -138,22 +138,23 @@ def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: 
         config: states the budgets, the method and its settings.
         batch, tokens: of the largest batch of any client, padding included.
     """
-    model, method = adapted.model, METHODS[config.method.name]
+    model = adapted.model
     stored = stored_config(model.config, config.model.name)
     kind = config.model.quantization if stored is None else kind_of(stored)
     packed = kind != "none"
     precision = cast(Precision, kind if packed else str(adapted.dtype).removeprefix("torch."))
     head = _head_modules(adapted)
     weights = count_weights(model.config, precision, adapted.dtype, batch * tokens, head, config.task.kind)
+    factors = sum(tensor.nbytes for tensor in frozen_tensors(model))
     work = Work(model.config, config.adapter, batch, tokens, adapted.dtype, packed, head, config.task.kind)
     by_checkpointing: dict[str, Passes] = {"none": "backprop", "per_layer": "per_layer", "budgeted": "budgeted"}
     with_slopes: dict[str, Passes] = {"forward": "forward", "zeroth_order": "zeroth_order"}
     return ClientMemory(
         budgets=config.clients.memory,
         dry=DryRun(work),
-        passes=with_slopes.get(method.estimator) or by_checkpointing[config.method.checkpointing],
+        passes=with_slopes.get(config.method.own_estimator) or by_checkpointing[config.method.checkpointing],
         num_tangents=config.method.num_tangents,
-        weights_bytes=weights.streamed if config.model.streamed else weights.resident,
+        weights_bytes=(weights.streamed if config.model.streamed else weights.resident) + factors,
         values={unit.name: _num_values(adapted, unit) for unit in adapted.units},
         layer=_layers_of(adapted),
         checkpoint_budget_bytes=config.method.budget or 0,

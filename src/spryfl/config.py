@@ -36,7 +36,17 @@ def _size(value: Any) -> int:
 Size = Annotated[int, BeforeValidator(_size)]
 
 
-ADAPTER_KINDS = {"lora": "low-rank pairs A, B beside frozen linear maps (any rank, any target modules, rsLoRA)"}
+ADAPTER_KINDS = {
+    "lora": "low-rank pairs A, B beside frozen linear maps (any rank, any target modules, rsLoRA; one may be frozen)",
+    "lora_xs": "rank x rank numbers between frozen factors, the weight's own singular vectors",
+    "vera": "two trained vectors scale one frozen random pair that all modules share",
+    "tinylora": "num_values numbers, spread over LoRA-XS's rank x rank by frozen random matrices",
+}
+"""What a module trains, of in x out, at rank r: lora r (in + out), with A frozen r out, with B frozen r in; lora_xs
+r r; vera out + r; tinylora num_values."""
+_OF_ONE_KIND = {"alpha": "lora", "rslora": "lora", "frozen": "lora", "num_values": "tinylora"}
+LARGEST_XS = 32
+"""PEFT's layer that LoRA-XS is built on holds rank^4 numbers of each module."""
 
 
 TaskKind = Literal["classification", "prompted"]
@@ -69,12 +79,30 @@ class ModelConfig(Part):
 class AdapterConfig(Part):
     """What is trained beside the head."""
 
-    kind: Literal["lora"] = "lora"
-    rank: Positive = Field(1, description="LoRA r")
-    alpha: PositiveFloat = Field(1.0, description="LoRA alpha; the update is scaled by alpha / rank")
+    kind: Literal["lora", "lora_xs", "vera", "tinylora"] = "lora"
+    rank: Positive = Field(1, description="of the update: LoRA r; VeRA needs more, such as 256")
+    alpha: PositiveFloat = Field(1.0, description="lora: the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: tuple[str, ...] | None = Field(None, description="module names; query and value by default")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    rslora: bool = Field(False, description="lora: scale by alpha / sqrt(rank) instead")
+    frozen: Literal["none", "a", "b"] = Field(
+        "none", description="lora: a trains B alone (LoRA-FA); b trains A alone, beside an orthonormal B"
+    )
+    num_values: Positive | None = Field(None, description="tinylora: numbers trained of a module, at most rank^2")
+
+    @model_validator(mode="after")
+    def _fields_belong_to_their_kind(self) -> "AdapterConfig":
+        for name, kind in _OF_ONE_KIND.items():
+            if kind != self.kind and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to kind = '{kind}', not '{self.kind}': leave it out")
+        if self.kind == "lora_xs" and self.rank > LARGEST_XS:
+            raise ValueError(f"kind = 'lora_xs' takes a rank of {LARGEST_XS} at most, not {self.rank}: lower it")
+        if self.kind == "tinylora" and not 1 <= (self.num_values or 0) <= self.rank**2:
+            raise ValueError(
+                f"kind = 'tinylora' needs num_values from 1 to rank^2 = {self.rank**2}, got {self.num_values}: "
+                "set it, or raise rank"
+            )
+        return self
 
 
 class DataConfig(Part):

@@ -6,7 +6,7 @@ Everything with a side effect is put together here; what it calls is pure or one
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 
 from spryfl.config import RunConfig
 from spryfl.federated.messages import Runtime
-from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import FederatedState, RoundReport, run_round
+from spryfl.map_keeper import MapKeeper
 from spryfl.report.plots import plot_run
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.workers import WorkerRuntime
@@ -40,7 +40,8 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     bench = Workbench.from_config(config)
-    state = directory.read_checkpoint() or bench.initial_state()
+    keeper = MapKeeper(bench)
+    state = directory.read_checkpoint() or keeper.start(bench.initial_state())
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
@@ -51,9 +52,11 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
         while state.round < config.server.num_rounds:
             started = time.perf_counter()
             state, report = run_round(state, bench.federation, runtime)
+            state, cosine, fitted = keeper.keep(state)
             due = state.round % config.evaluation.every == 0 or state.round == config.server.num_rounds
             evaluated = bench.evaluate(state.values) if due else (None, None)
             event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
+            event = replace(event, guess_cosine=cosine, maps_fitted=fitted)
             events.append(_announce(event, directory, observers))
             directory.write_checkpoint(state)
     directory.write_adapter(lambda folder: bench.save_adapter(state.values, folder))
@@ -145,7 +148,7 @@ def _round_event(
 
 def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], directory: RunDirectory) -> Summary:
     """A run's summary, from its events alone and what its configuration says."""
-    config, method = bench.config, METHODS[bench.config.method.name]
+    config = bench.config
     rounds = [event for event in events if event.round > 0]
     client_rounds = sum(event.num_updates for event in rounds)
     asked = sum(event.num_updates + len(event.failures) + len(event.refused) for event in rounds)
@@ -159,9 +162,9 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         rounds=last.round,
         seed=config.seed,
         dtype=str(bench.adapted.dtype).removeprefix("torch."),
-        estimator=method.estimator,
-        checkpointing=config.method.checkpointing if method.estimator == "backprop" else None,
-        checkpoint_budget_bytes=config.method.budget if method.estimator == "backprop" else None,
+        estimator=config.method.own_estimator,
+        checkpointing=config.method.checkpointing if config.method.own_estimator == "backprop" else None,
+        checkpoint_budget_bytes=config.method.budget if config.method.own_estimator == "backprop" else None,
         unheld_units=bench.unheld_units,
         client_memory=config.clients.memory,
         num_clients=bench.federation.num_clients,

@@ -1,13 +1,14 @@
 """A configuration made real: model, data, partition, and what the round loop needs of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
@@ -27,6 +28,7 @@ from spryfl.forward_mode.support import require_support
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.forward import ForwardGradient
+from spryfl.gradients.guided import GuidedGradient
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.adapters import dropout_modules
 from spryfl.models.layers import layer_calls
@@ -36,33 +38,35 @@ from spryfl.models.units import HEAD, parameters_of
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
     "forward": lambda config: ForwardGradient(config.method.num_tangents),
     "zeroth_order": lambda config: ZerothOrder(config.method.num_tangents, config.method.step_size),
+    "guided": lambda config: GuidedGradient(
+        layer_calls, horizon=config.guide.horizon, slopes_per=config.guide.slopes, explore=config.guide.explore
+    ),
     "backprop": lambda config: Backprop(config.method.checkpointing, layer_calls, config.method.budget),
 }
 
 Task = Classification | PromptedClassification
+Encode = Callable[[Dataset], Examples]
 
 
-def _classification(config: RunConfig, rows: LabelledRows, adapted: AdaptedModel) -> tuple[Task, Examples, Examples]:
+def _classification(config: RunConfig, rows: LabelledRows, adapted: AdaptedModel) -> tuple[Task, Encode]:
     tokenizer = adapted.tokenizer
     task = Classification(DataCollatorWithPadding(tokenizer), adapted.model.device)
-    train, test = (tokenize(split, config.data, tokenizer) for split in (rows.train, rows.test))
-    return task, train, test
+    return task, lambda split: tokenize(split, config.data, tokenizer)
 
 
-def _prompted(config: RunConfig, rows: LabelledRows, adapted: AdaptedModel) -> tuple[Task, Examples, Examples]:
+def _prompted(config: RunConfig, rows: LabelledRows, adapted: AdaptedModel) -> tuple[Task, Encode]:
     tokenizer, device = adapted.tokenizer, adapted.model.device
     words = torch.tensor(label_tokens(config.data, config.task, tokenizer, rows.label_names), device=device)
     positions = takes_positions(adapted.model.get_base_model())
     task = PromptedClassification(words, tokenizer.pad_token_id, positions, device)
-    train, test = (tokenize_prompts(split, config.data, config.task, tokenizer) for split in (rows.train, rows.test))
-    return task, train, test
+    return task, lambda split: tokenize_prompts(split, config.data, config.task, tokenizer)
 
 
-TASKS: dict[TaskKind, Callable[[RunConfig, LabelledRows, AdaptedModel], tuple[Task, Examples, Examples]]] = {
+TASKS: dict[TaskKind, Callable[[RunConfig, LabelledRows, AdaptedModel], tuple[Task, Encode]]] = {
     "classification": _classification,
     "prompted": _prompted,
 }
-"""Each makes the task, and the train and test rows tokenized for it."""
+"""Each makes the task, and what tokenizes rows for it."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,21 @@ class PartitionData:
 
 @dataclass(frozen=True)
 class Workbench:
-    """A configuration made real: model, data, partition."""
+    """A configuration made real: model, data, partition.
+
+    Attributes:
+        encode: tokenizes rows for the task; train and test are encoded already.
+        num_labels: classes.
+    """
 
     config: RunConfig
     adapted: AdaptedModel
     task: Task
+    encode: Encode
     train: Examples
     test: Examples
     partition: Partition
+    num_labels: int
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "Workbench":
@@ -109,22 +120,23 @@ class Workbench:
             config.seed,
         )
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
-        low_precision = METHODS[config.method.name].estimator != "zeroth_order"
+        low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
         adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, **options)
-        if METHODS[config.method.name].estimator == "forward":
+        if config.method.own_estimator in ("forward", "guided"):
             require_support(adapted.model, config.model.name)
-        task, train, test = TASKS[config.task.kind](config, rows, adapted)
-        bench = cls(config, adapted, task, train, test, partition)
+        task, encode = TASKS[config.task.kind](config, rows, adapted)
+        train, test = encode(rows.train), encode(rows.test)
+        bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels)
         bench._require_budget()
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench
 
     def _require_budget(self) -> None:
         """Refuse a checkpointing budget that some client's batch exceeds with a single hidden state."""
-        budget, method = self.config.method.budget, METHODS[self.config.method.name]
+        budget = self.config.method.budget
         size = getattr(self.adapted.model.config.get_text_config(), "hidden_size", None)
-        if budget is None or size is None or method.estimator != "backprop":
+        if budget is None or size is None or self.config.method.own_estimator != "backprop":
             return
         tokens, client = max((self.batch_tokens(client), client) for client in range(len(self.partition)))
         least = tokens * size * self.adapted.dtype.itemsize
@@ -166,6 +178,8 @@ class Workbench:
             upload=config.method.upload or method.upload,
             training=self.training,
             fit=None if self.client_memory is None else self.client_memory.fit,
+            places={} if config.guide.guess != "maps" else places_of(self.adapted),
+            momentum=config.method.own_estimator == "guided" and config.guide.momentum,
             server=ServerUpdate(
                 kind=server,
                 learning_rate=config.server.learning_rate or default_learning_rate(server, method.pace),
@@ -189,11 +203,19 @@ class Workbench:
             distribution=config.method.distribution,
         )
 
+    @cached_property
+    def estimator(self) -> GradientEstimator:
+        """The clients' estimator."""
+        estimator = ESTIMATORS[self.config.method.own_estimator](self.config)
+        if isinstance(estimator, GuidedGradient):
+            unit_of = {name: unit.name for unit in self.adapted.units for name in unit.parameters}
+            estimator = replace(estimator, unit_of=unit_of)
+        return estimator
+
     def client(self, client: int) -> Client[Batch]:
         """The client of a partition id; its adapter's dropout is on, the base model's is not."""
         data = PartitionData(self.task, self.train, self.partition[client])
-        estimator = ESTIMATORS[METHODS[self.config.method.name].estimator](self.config)
-        return Client(self.adapted.model, data, estimator, self.training, dropout_modules(self.adapted.model))
+        return Client(self.adapted.model, data, self.estimator, self.training, dropout_modules(self.adapted.model))
 
     def batch_tokens(self, client: int) -> int:
         """The most tokens, padding included, that a batch of this client can have."""
@@ -223,3 +245,13 @@ class Workbench:
             self.adapted.model.get_parameter(name).data = value  # the masters, whatever the model computes in
         self.adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
         self.adapted.tokenizer.save_pretrained(str(folder))
+
+
+def places_of(adapted: AdaptedModel) -> dict[str, tuple[int, ...]]:
+    """Unit -> the places, in the order of calls from 0, of the layers it lies in; none for the head."""
+    own = [set(layer.parameters()) for layer in layer_calls(adapted.model)]
+    found = {}
+    for unit in adapted.units:
+        parameters = {adapted.model.get_parameter(name) for name in unit.parameters}
+        found[unit.name] = tuple(place for place, inside in enumerate(own) if inside & parameters)
+    return found

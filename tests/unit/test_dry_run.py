@@ -18,7 +18,7 @@ from spryfl.gradients.forward import ForwardGradient
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import PassCost
-from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.adapters import adapt
 from spryfl.models.dry_run import DryRun, HollowModel, PackedLinear, Work, pack, shallower, unpacked
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
@@ -65,7 +65,7 @@ class Real:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             base = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME)
-            self.model = add_adapter(base, adapter_config(RANK, base, head_modules(base, ()))).eval()
+            self.model = adapt(base, RANK, head_modules(base, ())).eval()
         if packed:
             pack(self.model)
         make_lean(self.model, {PackedLinear: lambda module, dtype: unpacked(module, dtype).zero_()})

@@ -31,7 +31,7 @@ from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.memory.allocator import return_large_blocks
 from spryfl.memory.meter import MemoryMeter, reset_resident_peak, resident_peak_bytes
-from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.adapters import adapt
 from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
 from spryfl.models.loading import load_model
@@ -114,7 +114,7 @@ def dense_model(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         base = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
-        model = add_adapter(base, adapter_config(AdapterConfig(), base, head_modules(base, []))).eval()
+        model = adapt(base, AdapterConfig(), head_modules(base, [])).eval()
     make_lean(model)
     return model
 

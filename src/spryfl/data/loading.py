@@ -51,7 +51,7 @@ def load_rows(config: DataConfig, seed: int) -> LabelledRows:
     Raises:
         DataError: missing files, columns or splits; labels that are not class numbers.
     """
-    with _quietly():
+    with quietly():
         splits = _load_splits(config)
         train, test = _train_and_test(splits, config, seed)
         columns = [*config.text_columns, config.label_column]
@@ -194,7 +194,7 @@ def _permutation(count: int, seed: int) -> np.ndarray:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No progress bars: the run has its own."""
     shown = is_progress_bar_enabled()
     disable_progress_bar()

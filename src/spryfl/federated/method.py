@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
         "forward", "split", "slopes", "iteration", "yogi", "Spry, per iteration: K scalars and a seed travel up"
     ),
     "spry_guided": Method(
-        "guided", "split", "values", "epoch", "yogi", "Spry along guessed gradients (guided tangents) instead of random ones"
+        "guided", "split", "values", "epoch", "yogi", "Spry along guessed gradients instead of random directions"
     ),
     "fedfgd": Method("forward", "all", "values", "epoch", "yogi", "forward gradients without splitting"),
     "fedavg": Method("backprop", "all", "values", "epoch", "sgd", "FedAvg (McMahan et al. 2017)"),

@@ -97,7 +97,7 @@ def fit_backward_maps(
     """
     if settings.horizon >= len(layers) - 1:
         raise ModelError(
-            f"guide.horizon = {settings.horizon}: the gradient is then known at all of this model's {len(layers)} layers; "
+            f"guide.horizon = {settings.horizon}: the gradient is then known at all {len(layers)} layers of the model; "
             "nothing is left to guess: lower the horizon, or leave the maps out"
         )
     waiting: list[GradientsByLayer] = []

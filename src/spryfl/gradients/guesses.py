@@ -87,8 +87,9 @@ class MapGuess:
 
 def tensors_of(maps: Mapping[int, BackwardMap]) -> dict[str, Tensor]:
     """Maps as plain tensors, "basis" (the same for all) and "PLACE/own", "PLACE/across", to be sent or stored."""
-    tensors = {"basis": found.basis for found in list(maps.values())[:1]}
+    tensors = {}
     for place, found in maps.items():
+        tensors["basis"] = found.basis
         tensors[f"{place}/own"] = found.own
         if found.across is not None:
             tensors[f"{place}/across"] = found.across
@@ -103,7 +104,7 @@ def maps_from(tensors: Mapping[str, Tensor]) -> dict[int, BackwardMap]:
 
 def maps_for(tensors: Mapping[str, Tensor], places: Collection[int]) -> dict[str, Tensor]:
     """Of laid-out maps, those of some places: what a client that trains there is sent."""
-    own = {name: t for name, t in tensors.items() if name != "basis" and int(name.partition("/")[0]) in places}
+    own = {name: t for name, t in tensors.items() if "/" in name and int(name.partition("/")[0]) in places}
     return {"basis": tensors["basis"], **own} if own else {}
 
 

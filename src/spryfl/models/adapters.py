@@ -1,15 +1,25 @@
-"""Adapters, through PEFT: a table from kind to PEFT configuration."""
+"""Adapters, through PEFT: a table from kind to what PEFT makes of it.
+
+Some train so few numbers of a module that forward mode can afford a tangent for each of them, which makes its
+gradient exact (`distribution = "orthogonal"` or `"coordinate"`, K = d).
+"""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, TinyLoraConfig, VeraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from spryfl.config import AdapterConfig, TaskKind
 from spryfl.errors import ModelError
 from spryfl.models.classes import MODEL_CLASSES
+from spryfl.models.singular import own_values, singular_factors, use_every_entry
 
 # Query and value projections by model family, as module-name suffixes; the first present pair is taken.
 QUERY_VALUE: tuple[tuple[str, str], ...] = (
@@ -17,9 +27,10 @@ QUERY_VALUE: tuple[tuple[str, str], ...] = (
     ("q_lin", "v_lin"),  # DistilBERT
     ("q_proj", "v_proj"),  # Llama, OPT, Mistral, Qwen, Gemma
 )
+NAME = "default"  # PEFT's name of a model's only adapter
 
 
-def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], kind: TaskType) -> PeftConfig:
+def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
     """LoRA (Hu et al. 2022): W x + (alpha / r) B A x, with A (r x in) and B (out x r) trained."""
     return LoraConfig(
         r=config.rank,
@@ -28,45 +39,166 @@ def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], ki
         use_rslora=config.rslora,
         target_modules=list(targets),
         modules_to_save=list(head),
-        task_type=kind,
+        task_type=task,
     )
 
 
-ADAPTERS: dict[str, Callable[[AdapterConfig, Sequence[str], Sequence[str], TaskType], PeftConfig]] = {"lora": _lora}
+def _freeze_factor(model: PeftModel, config: AdapterConfig) -> None:
+    """Leave one factor as it is drawn: A trains nothing in LoRA-FA (Zhang et al. 2023), B in its mirror image.
+
+    Training starts at the base model either way, so a frozen B is drawn and A is zero. Orthonormal columns make
+    the update as large as A's change.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and config.frozen != "none":
+            a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+            (a if config.frozen == "a" else b).requires_grad_(False)
+            if config.frozen == "b":
+                drawn = nn.init.orthogonal_(torch.empty(b.shape))
+                with torch.no_grad():
+                    b.copy_(drawn)
+                    a.zero_()
 
 
-def adapter_config(
-    config: AdapterConfig, model: nn.Module, head: Sequence[str], task: TaskKind = "classification"
-) -> PeftConfig:
-    """The PEFT configuration of an adapter for a model.
+def _vera(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
+    """VeRA (Kopiczko et al. 2024): W x + b * B (d * A x); b (out) and d (r) trained, A and B one pair for all."""
+    return VeraConfig(
+        r=config.rank,
+        projection_prng_key=int(torch.randint(2**31, ())),  # of the seed under which the model is loaded
+        save_projection=True,
+        vera_dropout=config.dropout,
+        target_modules=list(targets),
+        modules_to_save=list(head),
+        task_type=task,
+    )
+
+
+def _tinylora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
+    """TinyLoRA (arXiv:2602.04118): W x + B (sum_i v_i P_i) A x, with v trained, P random, A and B from W's SVD."""
+    return TinyLoraConfig(
+        r=config.rank,
+        u=config.num_values or config.rank**2,
+        projection_seed=int(torch.randint(2**31, ())),
+        save_projection=True,
+        tinylora_dropout=config.dropout,
+        target_modules=list(targets),
+        modules_to_save=list(head),
+        task_type=task,
+    )
+
+
+def _finish_tinylora(model: PeftModel, config: AdapterConfig) -> None:
+    own_values(model)
+
+
+def _finish_xs(model: PeftModel, config: AdapterConfig) -> None:
+    """LoRA-XS (Balazy et al. 2024): W x + B R A x; R (r x r) trained from zero, W = B A its truncated SVD.
+
+    PEFT has none, but its TinyLoRA with one P_i for each entry of R is that, and PEFT reopens it.
+    """
+    use_every_entry(model)
+    own_values(model)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One row of the table.
+
+    Attributes:
+        configure: (settings, target modules, head modules, PEFT's task) -> PEFT's configuration. May draw from the
+            global generator, which is seeded while a model is loaded.
+        finish: what PEFT leaves to do once its layers are in place.
+        decomposes: whether factors come from the weights' singular vectors, so that weights must be in memory.
+    """
+
+    configure: Callable[[AdapterConfig, Sequence[str], Sequence[str], TaskType], PeftConfig]
+    finish: Callable[[PeftModel, AdapterConfig], None] = lambda model, config: None
+    decomposes: bool = False
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "lora": Adapter(_lora, _freeze_factor),
+    "lora_xs": Adapter(_tinylora, _finish_xs, decomposes=True),
+    "vera": Adapter(_vera),
+    "tinylora": Adapter(_tinylora, _finish_tinylora, decomposes=True),
+}
+
+
+def adapt(base: nn.Module, config: AdapterConfig, head: Sequence[str], task: TaskKind = "classification") -> PeftModel:
+    """Put an adapter on a model, its initial values drawn from the global generator.
 
     Args:
+        base: changed in place.
         config: the run's adapter part.
-        model: the base model; looked at for its projections' names.
         head: names of modules trained in full.
 
     Raises:
-        ModelError: the target modules are not in the model.
+        ModelError: the target modules are not in the model, are smaller than the rank, or are packed and would have
+            to be decomposed.
     """
-    return ADAPTERS[config.kind](config, target_modules(config, model), head, MODEL_CLASSES[task].peft)
+    kind, targets = ADAPTERS[config.kind], target_modules(config, base)
+    peft_config = kind.configure(config, targets, head, MODEL_CLASSES[task].peft)
+    factors: AbstractContextManager[Any] = nullcontext()
+    if kind.decomposes:
+        _require_dense(config, base, targets)
+        factors = singular_factors(balanced=config.kind == "tinylora")
+    with factors:
+        model = add_adapter(base, peft_config)
+    kind.finish(model, config)
+    return model
 
 
 def add_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
-    """Put an adapter on a model; its values take the model's dtype, as float32 masters live outside."""
+    """Put PEFT's layers on a model; their values take its dtype, as float32 masters live outside."""
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5 for the old name of its checkpointing flag; no user can mend that.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
+def require_weights(config: AdapterConfig, *, streamed: bool) -> None:
+    """Raise ModelError if an adapter is made from weights that stay on disk."""
+    if streamed and ADAPTERS[config.kind].decomposes:
+        raise ModelError(
+            f"adapter.kind = '{config.kind}' takes its factors from the layers' weights, which model.streamed leaves "
+            "on disk: leave model.streamed out, or use kind = 'lora' with frozen = 'a' or 'b'"
+        )
+
+
+def _require_dense(config: AdapterConfig, base: nn.Module, targets: Sequence[str]) -> None:
+    adapted = [module for path, module in base.named_modules() if path.endswith(tuple(targets))]
+    if not all(module.weight.is_floating_point() for module in adapted if isinstance(module, nn.Linear)):
+        raise ModelError(
+            f"adapter.kind = '{config.kind}': PEFT cannot take factors from packed weights: leave model.quantization "
+            "out and name a model in full precision, or use kind = 'vera', or 'lora' with frozen = 'a' or 'b'"
+        )
+
+
+def frozen_tensors(model: nn.Module) -> list[Tensor]:
+    """The adapter's own tensors that are not trained, each once: frozen factors and projections."""
+    found: dict[Tensor, None] = {}
+    for _, part in _own_parts(model):
+        for tensor in (*part.parameters(), *part.buffers()):
+            if not tensor.requires_grad and tensor.is_floating_point():
+                found[tensor] = None
+    return list(found)
+
+
 def dropout_modules(model: nn.Module) -> list[nn.Module]:
     """The adapter's own dropout modules."""
-    return [
-        dropout
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for dropout in getattr(layer, "lora_dropout", {}).values()
-    ]
+    return [dropout for name, part in _own_parts(model) if name.endswith("_dropout") for dropout in part.children()]
+
+
+def own_modules(model: nn.Module) -> set[nn.Module]:
+    """All modules that an adapter adds beside the linear maps it is put around."""
+    return {module for _, part in _own_parts(model) for module in part.modules()}
+
+
+def _own_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that each adapted module adds to its base layer, by name."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            yield from ((name, part) for name, part in layer.named_children() if name != "base_layer")
 
 
 def target_modules(config: AdapterConfig, model: nn.Module) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from spryfl.forward_mode.next_token import next_token_logits, takes_positions
 from spryfl.gradients.backprop import Backprop
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import AdapterSize, PassCost
-from spryfl.models.adapters import adapter_config, add_adapter, dropout_modules
+from spryfl.models.adapters import adapt, dropout_modules, own_modules
 from spryfl.models.classes import output_head
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
@@ -142,7 +142,7 @@ class HollowModel:
     def __init__(self, work: Work, depth: int) -> None:
         base = hollow_model(shallower(work.config, depth), work.dtype, work.task)
         head = head_modules(base, (), work.task) if work.head is None else list(work.head)
-        model = add_adapter(base, adapter_config(work.adapter, base, head, work.task)).eval()
+        model = adapt(base, work.adapter, head, work.task).eval()
         if work.packed:
             pack(model, [base.get_submodule(path) for path in [output_head(base)] if path])
         make_lean(model, {PackedLinear: unpacked})
@@ -234,8 +234,9 @@ def unpacked(module: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def pack(model: nn.Module, dense: Sequence[nn.Module] = ()) -> None:
-    """Put stand-ins in the place of a model's frozen linear maps, but for the `dense` ones."""
-    for module in list(model.modules()):
+    """Put stand-ins in the place of a model's frozen linear maps, but for `dense` ones and an adapter's factors."""
+    own = own_modules(model)
+    for module in [module for module in model.modules() if module not in own]:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child not in dense and not child.weight.requires_grad:
                 setattr(module, name, PackedLinear(child))

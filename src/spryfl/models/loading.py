@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from spryfl.config import AdapterConfig, ModelConfig, TaskKind
 from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
-from spryfl.models.adapters import adapter_config, add_adapter
+from spryfl.models.adapters import adapt, frozen_tensors, require_weights
 from spryfl.models.assembly import hollow
 from spryfl.models.building import BuiltModel, build, quantize_in_place
 from spryfl.models.builtin import PREFIX, locate
@@ -109,6 +109,7 @@ def load_model(
     Raises:
         ModelError: the model is missing, unsafe, unsuited, or offline and not stored locally.
     """
+    require_weights(adapter, streamed=config.streamed)
     register_attention()
     source = find_model(config.name)
     device = resolve_device(config.device)
@@ -122,10 +123,9 @@ def load_model(
         _prepare(built.base, tokenizer)
         built.base.name_or_path = source.published
         with hollow(built.streamed_slots, device):
-            model = add_adapter(built.base, adapter_config(adapter, built.base, built.head, task))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device, dtype)  # beside packed weights PEFT makes float32
+            model = adapt(built.base, adapter, built.head, task)
+    for tensor in (*(p for p in model.parameters() if p.requires_grad), *frozen_tensors(model)):
+        tensor.data = tensor.data.to(device, dtype)  # beside packed weights PEFT makes float32
     model.eval()
     make_lean(model, dense_weights())
     streamed = StreamedLayers(built.layers, built.store) if built.store else None

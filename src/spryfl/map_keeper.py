@@ -1,0 +1,117 @@
+"""The server's backward maps: read or fitted before the first round, and fitted anew when they drift.
+
+The rule: every `guide.check_every` rounds the mean cosine of guessed and true gradients is measured on public
+text held out from the fit. Where it has fallen below `guide.refit_below` of what it was after the last fit, the
+maps are fitted again with the present values.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spryfl.data.public_text import load_public_text
+from spryfl.errors import DataError
+from spryfl.federated.client import loaded
+from spryfl.federated.rounds import FederatedState
+from spryfl.gradients.backward_maps import MapSettings, fit_backward_maps, guess_quality
+from spryfl.gradients.estimator import Loss
+from spryfl.gradients.guesses import BackwardMap, MapGuess, maps_from, tensors_of
+from spryfl.models.fingerprint import base_fingerprint
+from spryfl.models.layers import layer_calls
+from spryfl.models.map_file import read_maps
+from spryfl.workbench import Workbench
+
+BATCH = 16
+HELD_OUT = 4  # batches
+FIRST_COSINE = "first_cosine"
+"""Stands beside the maps in the state: what their cosine was after the last fit."""
+
+
+@dataclass(frozen=True)
+class MapKeeper:
+    """Keeps the maps of a run's state."""
+
+    bench: Workbench
+
+    def start(self, state: FederatedState) -> FederatedState:
+        """The state with maps, if it has none yet and the run needs them."""
+        guide = self.bench.config.guide
+        if state.maps or guide.guess != "maps" or self.bench.config.method.own_estimator != "guided":
+            return state
+        if guide.maps is None:
+            return self._fitted(state)
+        maps = read_maps(Path(guide.maps).expanduser(), base_fingerprint(self.bench.config.model), guide.horizon)
+        return self._with_cosine(replace(state, maps=maps)) if guide.text else replace(state, maps=maps)
+
+    def keep(self, state: FederatedState) -> tuple[FederatedState, float | None, bool]:
+        """The state after a round, its maps' mean cosine if it was due, and whether they were fitted anew."""
+        guide = self.bench.config.guide
+        if not state.maps or guide.text is None or state.round % guide.check_every:
+            return state, None, False
+        cosine = self.cosine(state)
+        if cosine >= guide.refit_below * float(state.maps[FIRST_COSINE]):
+            return state, cosine, False
+        state = self._fitted(state)
+        return state, float(state.maps[FIRST_COSINE]), True
+
+    def fit(
+        self, values: dict[str, Tensor], progress: Callable[[int], None] = lambda done: None
+    ) -> dict[int, BackwardMap]:
+        """Maps fitted on the public text with these values."""
+        model, losses = self.bench.adapted.model, self._losses[: -self._num_held_out]
+        with loaded(model, values):
+            return fit_backward_maps(model, losses, layer_calls(model), self.settings, progress)
+
+    @property
+    def settings(self) -> MapSettings:
+        guide = self.bench.config.guide
+        return MapSettings(guide.horizon, guide.rank, guide.across, guide.ridge)
+
+    @property
+    def num_batches(self) -> int:
+        """Of the public text, that maps are fitted on."""
+        return len(self._losses) - self._num_held_out
+
+    def cosine(self, state: FederatedState) -> float:
+        """The mean over layers and held-out batches of the maps' cosine with the true gradients."""
+        quality = self.quality(state.values, maps_from(state.maps))
+        return sum(quality.values()) / len(quality)
+
+    def quality(self, values: dict[str, Tensor], maps: dict[int, BackwardMap]) -> dict[int, float]:
+        """The mean cosine over held-out batches, by layer."""
+        model, losses = self.bench.adapted.model, self._losses[-self._num_held_out :]
+        with loaded(model, values):
+            return guess_quality(model, losses, layer_calls(model), self.settings.horizon, MapGuess(maps))
+
+    def _fitted(self, state: FederatedState) -> FederatedState:
+        return self._with_cosine(replace(state, maps=tensors_of(self.fit(state.values))))
+
+    def _with_cosine(self, state: FederatedState) -> FederatedState:
+        return replace(state, maps=state.maps | {FIRST_COSINE: torch.tensor(self.cosine(state))})
+
+    @cached_property
+    def _losses(self) -> Sequence[Loss]:
+        """One a batch of public text."""
+        bench = self.bench
+        rows = bench.encode(
+            load_public_text(bench.config.guide, bench.config.data, bench.num_labels, bench.config.seed)
+        )
+        if len(rows) < 2:
+            raise DataError(
+                f"guide.text = '{bench.config.guide.text}': two texts at least: one is held out from the fit"
+            )
+        size = min(BATCH, len(rows) // 2)
+        batches = [range(start, start + size) for start in range(0, len(rows) - size + 1, size)]
+        return [partial(_loss, bench, bench.task.batch(rows, list(batch))) for batch in batches]
+
+    @property
+    def _num_held_out(self) -> int:
+        return min(HELD_OUT, max(1, len(self._losses) // 8))
+
+
+def _loss(bench: Workbench, batch: dict[str, Tensor], model: torch.nn.Module) -> Tensor:
+    return bench.task.loss(model, batch)

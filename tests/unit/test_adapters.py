@@ -1,0 +1,199 @@
+"""Every kind of adapter: what it trains, that its slopes are exact, and that others can open what is saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from families import FAMILIES, autograd_gradient, batch_loss, build, padded_batch, trainable
+from packed import save_family
+from spryfl.config import AdapterConfig, ModelConfig, RunConfig
+from spryfl.errors import ConfigError, ModelError
+from spryfl.forward_mode.budget import chunks_of
+from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.forward import loss_and_slopes
+from spryfl.models.adapters import ADAPTERS, dropout_modules, frozen_tensors
+from spryfl.models.dry_run import DryRun, Work
+from spryfl.models.layers import layer_calls
+from spryfl.models.lean import make_lean
+from spryfl.models.loading import load_model
+from spryfl.models.singular import truncated_svd
+from spryfl.models.units import trainable_units
+from spryfl.workbench import Workbench
+
+KINDS: dict[str, AdapterConfig] = {
+    "lora": AdapterConfig(rank=2, alpha=2, dropout=0.1),
+    "lora, A frozen": AdapterConfig(rank=2, frozen="a", dropout=0.1),
+    "lora, B frozen": AdapterConfig(rank=2, frozen="b", dropout=0.1),
+    "lora_xs": AdapterConfig(kind="lora_xs", rank=2, dropout=0.1),
+    "vera": AdapterConfig(kind="vera", rank=8, dropout=0.1),
+    "tinylora": AdapterConfig(kind="tinylora", rank=2, num_values=3, dropout=0.1),
+}
+TRAINED = {  # of a module of 32 x 32
+    "lora": 128,
+    "lora, A frozen": 64,
+    "lora, B frozen": 64,
+    "lora_xs": 4,
+    "vera": 40,
+    "tinylora": 3,
+}
+
+
+def test_every_kind_is_tested() -> None:
+    assert {config.kind for config in KINDS.values()} == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_slopes_and_gradients_are_exact(kind: str, family: str) -> None:
+    """Against autograd through PEFT's own forward, in float64; in chunks and whole; each unit by itself too."""
+    model, loss = build(family, adapter=KINDS[kind]), batch_loss(padded_batch())
+    names = trainable(model)
+    exact = autograd_gradient(model, loss, names)
+    assert all(float(gradient.abs().max()) > 1e-9 for gradient in exact.values())
+    generator = torch.Generator().manual_seed(2)
+    tangents = {n: torch.randn((2, *exact[n].shape), generator=generator, dtype=torch.float64) for n in names}
+    for part in (names, *(list(unit.parameters) for unit in trainable_units(model))):
+        expected = sum((exact[n] * tangents[n]).flatten(1).sum(1) for n in part)
+        for budget in (1, 10**9):
+            with chunks_of(budget):
+                value, slopes = loss_and_slopes(model, loss, {n: tangents[n] for n in part})
+            assert torch.allclose(slopes, expected, rtol=1e-9, atol=1e-12)
+            assert value == pytest.approx(float(loss(model).detach()), abs=1e-9)
+    estimate = Backprop("per_layer", layer_calls).loss_and_gradient(model, loss, names)[1]
+    assert all(torch.allclose(found, exact[n]) for n, found in zip(names, estimate, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["bert", "llama", "albert"])
+def test_units_are_adapted_modules(kind: str, family: str) -> None:
+    model = build(family, adapter=KINDS[kind])
+    units = trainable_units(model)
+    adapted = [unit for unit in units if not unit.is_head]
+    assert len(adapted) == (2 if family == "albert" else 4)
+    assert sorted(name for unit in units for name in unit.parameters) == sorted(trainable(model))
+    assert all(name.startswith(f"base_model.model.{unit.name}.") for unit in adapted for name in unit.parameters)
+    if family == "bert":
+        sizes = {sum(model.get_parameter(name).numel() for name in unit.parameters) for unit in adapted}
+        assert sizes == {TRAINED[kind]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_starts_at_the_base_model(kind: str, tiny_model: Path) -> None:
+    """And the run's seed alone decides what is drawn."""
+
+    def load(seed: int):
+        return load_model(ModelConfig(name=str(tiny_model), dtype="float32"), KINDS[kind], 3, seed)
+
+    loaded, again, other = load(5), load(5), load(6)
+    drawn = [frozen_tensors(one.model) for one in (loaded, again, other)]
+    ids = torch.arange(5, 14).view(1, -1)
+    with torch.inference_mode():
+        adapted = loaded.model(input_ids=ids).logits
+        with loaded.model.disable_adapter():  # the head's own copy steps back too
+            hidden = loaded.model.base_model.model.bert(input_ids=ids).pooler_output
+        head = next(unit for unit in loaded.units if unit.is_head)
+        weight, bias = (loaded.model.get_parameter(name) for name in head.parameters)
+        assert torch.allclose(adapted, nn.functional.linear(hidden, weight, bias), atol=1e-6)
+    assert bool(drawn[0]) == (kind != "lora")
+    assert all(torch.equal(one, same) for one, same in zip(drawn[0], drawn[1], strict=True))
+    if kind not in ("lora", "lora_xs"):  # singular vectors are the model's
+        assert not all(torch.equal(one, same) for one, same in zip(drawn[0], drawn[2], strict=True))
+    assert [module.p for module in dropout_modules(loaded.model)] == [0.1] * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_opens_with_peft(kind: str, tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    given = KINDS[kind].model_dump(exclude_defaults=True)
+    bench = Workbench.from_config(tiny_config(adapter=given))
+    values = bench.initial_state().values
+    generator = torch.Generator().manual_seed(1)
+    values = {name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in values.items()}
+    bench.save_adapter(values, tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(bench.config.model.name, num_labels=2)
+    opened = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    ids = torch.arange(5, 14).view(1, -1)
+    with torch.inference_mode():
+        expected = bench.adapted.model(input_ids=ids).logits
+        assert torch.allclose(opened(input_ids=ids).logits, expected, atol=1e-5)
+        for value in values.values():
+            value.zero_()
+        assert not torch.allclose(bench.adapted.model(input_ids=ids).logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_dry_runs_know_every_kind(kind: str, packed: bool) -> None:
+    work = Work(FAMILIES["bert"](), KINDS[kind], 2, 8, packed=packed)
+    dry = DryRun(work)
+    assert dry.adapter.unit_values == 4 * TRAINED[kind]
+    assert dry.forward(2).peak_at(2) > dry.inference().peak_at(2) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_packed_base_weights(kind: str, quantization: str, tmp_path: Path, tiny_model: Path) -> None:
+    """Slopes against backprop through PEFT's forward over the same packed weights."""
+    folder = save_family("bert", tmp_path / "model", tiny_model)
+    config = ModelConfig(name=str(folder), dtype="float32", device="cpu", quantization=quantization)
+    if ADAPTERS[KINDS[kind].kind].decomposes:
+        with pytest.raises(ModelError, match="cannot take factors from packed weights"):
+            load_model(config, KINDS[kind], 3, seed=0)
+        return
+    model = load_model(config, KINDS[kind], 3, seed=0).model
+    generator = torch.Generator().manual_seed(3)
+    names, loss = trainable(model), batch_loss(padded_batch())
+    for name in names:
+        model.get_parameter(name).data.normal_(0, 0.3, generator=generator)
+    _, found = Backprop().loss_and_gradient(model, loss, names)
+    tangents = {n: torch.randn((2, *model.get_parameter(n).shape), generator=generator) for n in names}
+    expected = sum((g * tangents[n]).flatten(1).sum(1) for n, g in zip(names, found, strict=True))
+    assert torch.allclose(loss_and_slopes(model, loss, tangents)[1], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_factors_are_the_best_of_their_rank() -> None:
+    weight = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    for balanced in (False, True):
+        left, right = truncated_svd(weight, 3, balanced=balanced)
+        assert torch.allclose(left @ right, (u[:, :3] * s[:3]) @ vh[:3])
+    assert torch.allclose(truncated_svd(weight, 3, balanced=False)[1].norm(dim=1), torch.ones(3).double())
+    with pytest.raises(ModelError, match=r"adapter\.rank = 8 exceeds .*\(12, 7\): lower it to 7"):
+        truncated_svd(weight, 8, balanced=True)
+
+
+def test_streamed_weights_have_no_singular_vectors(tiny_model: Path) -> None:
+    config = ModelConfig(name=str(tiny_model), streamed=True)
+    with pytest.raises(ModelError, match=r"leave model.streamed out, or use kind = 'lora' with frozen"):
+        load_model(config, KINDS["lora_xs"], 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "vera", "alpha": 2.0}, "alpha belongs to kind = 'lora', not 'vera': leave it out"),
+        ({"kind": "lora_xs", "frozen": "a"}, "frozen belongs to kind = 'lora'"),
+        ({"num_values": 3}, "num_values belongs to kind = 'tinylora', not 'lora'"),
+        ({"kind": "tinylora", "rank": 2}, r"needs num_values from 1 to rank\^2 = 4, got None"),
+        ({"kind": "tinylora", "rank": 2, "num_values": 5}, r"to rank\^2 = 4, got 5: set it, or raise rank"),
+        ({"kind": "lora_xs", "rank": 64}, "a rank of 32 at most, not 64"),
+    ],
+)
+def test_settings_of_another_kind(
+    fields: dict[str, object], message: str, tiny_config: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(adapter=fields)
+
+
+def test_a_models_only_own_vector_is_its_modules() -> None:
+    """PEFT lists every TinyLoRA vector under the first module; the server could then assign one unit only."""
+    model = build("bert", adapter=KINDS["tinylora"])
+    before = set(trainable(model))
+    make_lean(model)  # a second time changes nothing
+    assert set(trainable(model)) == before
+    assert len({name.partition(".tinylora_v.")[0] for name in before if "tinylora" in name}) == 4
