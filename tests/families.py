@@ -4,11 +4,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from peft import LoraConfig, TaskType
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
-    AutoModelForSequenceClassification,
     BertConfig,
     DistilBertConfig,
     GemmaConfig,
@@ -21,9 +20,10 @@ from transformers import (
     RobertaConfig,
 )
 
-from spryfl.config import AdapterConfig
+from spryfl.config import AdapterConfig, TaskKind
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.models.adapters import add_adapter, target_modules
+from spryfl.models.classes import MODEL_CLASSES
 from spryfl.models.lean import make_lean
 
 COMMON = {
@@ -67,15 +67,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 DECODERS = ("llama", "opt", "qwen2", "qwen3", "gemma", "mistral")
 
 
-def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0) -> nn.Module:
+def build(
+    family: str, *, attention: str = ATTENTION_NAME, seed: int = 0, task: TaskKind = "classification"
+) -> nn.Module:
     """A tiny adapted model with lean operators."""
     register_attention()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base = AutoModelForSequenceClassification.from_config(FAMILIES[family](), attn_implementation=attention)
+        base = MODEL_CLASSES[task].auto.from_config(FAMILIES[family](), attn_implementation=attention)
         base = base.double()
         targets = target_modules(AdapterConfig(), base)
-        lora = LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), task_type=TaskType.SEQ_CLS)
+        lora = LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), task_type=MODEL_CLASSES[task].peft)
         model = add_adapter(base, lora).eval()
         for parameter in model.parameters():
             if parameter.requires_grad:
