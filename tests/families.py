@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
-    AutoModelForSequenceClassification,
     BertConfig,
     DistilBertConfig,
     GemmaConfig,
@@ -20,9 +19,10 @@ from transformers import (
     RobertaConfig,
 )
 
-from spryfl.config import AdapterConfig
+from spryfl.config import AdapterConfig, TaskKind
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.models.adapters import adapt
+from spryfl.models.classes import MODEL_CLASSES
 from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
 
@@ -68,14 +68,21 @@ RANK_2 = AdapterConfig(rank=2, alpha=2)
 DECODERS = ("llama", "opt", "qwen2", "qwen3", "gemma", "mistral")
 
 
-def build(family: str, *, attention: str = ATTENTION_NAME, seed: int = 0, adapter: AdapterConfig = RANK_2) -> nn.Module:
+def build(
+    family: str,
+    *,
+    attention: str = ATTENTION_NAME,
+    seed: int = 0,
+    adapter: AdapterConfig = RANK_2,
+    task: TaskKind = "classification",
+) -> nn.Module:
     """A tiny adapted model with lean operators."""
     register_attention()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base = AutoModelForSequenceClassification.from_config(FAMILIES[family](), attn_implementation=attention)
+        base = MODEL_CLASSES[task].auto.from_config(FAMILIES[family](), attn_implementation=attention)
         base = base.double()
-        model = adapt(base, adapter, head_modules(base, ())).eval()
+        model = adapt(base, adapter, head_modules(base, (), task), task).eval()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.3)  # LoRA's B starts at zero, which would hide errors
