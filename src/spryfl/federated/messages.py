@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spryfl.federated.fitting import PassSettings
 from spryfl.federated.method import Upload
+from spryfl.gradients.tangents import Groups
 
 SEED_BYTES = 8
 
@@ -25,6 +26,7 @@ class ClientTask:
             others are part of the function this client differentiates.
         upload: what to send back.
         settings: with which its passes fit the client's memory.
+        groups: parameters that share tangents (`method.tangents_per`); None: all of them.
     """
 
     round: int
@@ -35,6 +37,7 @@ class ClientTask:
     values: dict[str, Tensor]
     upload: Upload
     settings: PassSettings = field(default_factory=PassSettings)
+    groups: Groups | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -50,7 +53,7 @@ class ClientUpdate:
         num_examples: trained on this round; its weight in the mean.
         loss: mean training loss.
         tensors: trained values or gradients of the assigned parameters; empty for upload "slopes".
-        slopes: (steps, K) float32 for upload "slopes", else None.
+        slopes: (steps, K for each group) float32 for upload "slopes", else None.
         seconds: the client's computing time.
         peak_activation_bytes: measured; 0 where this update was not metered.
     """

@@ -21,6 +21,7 @@ from spryfl.federated.sampling import sample_cohort
 from spryfl.federated.server_optimizer import Moments, ServerUpdate
 from spryfl.federated.validation import validate_update
 from spryfl.gradients.estimator import gradient_from_slopes
+from spryfl.gradients.tangents import tangent_groups
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def _task(state: FederatedState, federation: Federation, client: int, deal: Deal
         values=state.values,
         upload=federation.upload,
         settings=deal.settings[client],
+        groups=tangent_groups(federation.training.tangents_per, [federation.units[unit] for unit in units]),
     )
 
 
@@ -208,6 +210,9 @@ def _collect(
 def _slopes_shape(update: ClientUpdate, task: ClientTask | None, federation: Federation) -> tuple[int, int] | None:
     if federation.upload != "slopes":
         return None
-    steps = federation.training.num_steps(update.num_examples) if isinstance(update.num_examples, int) else 1
-    own = None if task is None else task.settings.num_tangents
-    return steps, own or federation.training.num_tangents
+    training = federation.training
+    steps = training.num_steps(update.num_examples) if isinstance(update.num_examples, int) else 1
+    if task is None:  # refused for that
+        return steps, training.num_tangents
+    own = task.settings.num_tangents or training.num_tangents
+    return steps, training.directions(task).at_step(0).num_slopes(task.parameters, own)
