@@ -8,6 +8,7 @@ from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
 from spryfl.federated.fitting import PassSettings
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES
+from spryfl.gradients.tangents import TangentsPer, tangent_groups
 from spryfl.memory.plan import PROCESS_BYTES, adapter_state_bytes
 from spryfl.models.adapters import frozen_tensors
 from spryfl.models.dry_run import DryRun, Work
@@ -18,6 +19,7 @@ from spryfl.models.units import Unit
 from spryfl.models.weights import Precision, count_weights
 
 Passes = Literal["forward", "zeroth_order", "backprop", "per_layer", "budgeted"]
+DRAWING_BYTES = 32  # a float32 number, three float64 copies, and one to return
 SMALLER_CHUNKS = (DEFAULT_CHUNK_BYTES, 8 * 2**20, 2 * 2**20, 2**19)
 
 
@@ -34,6 +36,8 @@ class ClientMemory:
         values: unit -> how many values it trains.
         layer: unit -> its layer; None for one above all layers (the head).
         checkpoint_budget_bytes: of passes "budgeted".
+        groups: unit -> how many times K tangents it takes; empty where all units share K.
+        drawing_bytes: of a number while directions are drawn jointly, beside the tangent it becomes.
     """
 
     budgets: Sequence[int]
@@ -44,6 +48,8 @@ class ClientMemory:
     values: Mapping[str, int]
     layer: Mapping[str, int | None]
     checkpoint_budget_bytes: int = 0
+    groups: Mapping[str, int] = field(default_factory=dict)
+    drawing_bytes: int = 0
     _known: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
     def budget(self, client: int) -> int:
@@ -68,10 +74,12 @@ class ClientMemory:
         everyone = sum(self.values.values())
         adapter = adapter_state_bytes(own, self.dry.work.dtype.itemsize) + 4 * (everyone - own)
         # Every tangent is as large as what it perturbs, drawn in float32 and held in the model's type.
-        tangents = k * own * (4 + self.dry.work.dtype.itemsize) if self.passes == "forward" else 0
+        rows = k * sum(self.groups[unit] for unit in units) if self.groups else k
+        tangents = rows * own * (4 + self.dry.work.dtype.itemsize) if self.passes == "forward" else 0
+        tangents += k * own * self.drawing_bytes if self._has_slopes else 0
         lowest = min((self.layer[unit] or 0 for unit in units if self.layer[unit] is not None), default=None)
         depth = 0 if lowest is None else self.dry.work.num_layers - lowest
-        return PROCESS_BYTES + self.weights_bytes + adapter + tangents + self._activations(depth, k, chunk_bytes)
+        return PROCESS_BYTES + self.weights_bytes + adapter + tangents + self._activations(depth, rows, chunk_bytes)
 
     def require_some(self, units: Sequence[str], shared: Sequence[str]) -> tuple[str, ...]:
         """Units that no budget holds.
@@ -158,7 +166,15 @@ def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: 
         values={unit.name: _num_values(adapted, unit) for unit in adapted.units},
         layer=_layers_of(adapted),
         checkpoint_budget_bytes=config.method.budget or 0,
+        groups=_groups_of(adapted, config.method.tangents_per),
+        drawing_bytes=DRAWING_BYTES if config.method.distribution in ("orthogonal", "coordinate") else 0,
     )
+
+
+def _groups_of(adapted: AdaptedModel, per: TangentsPer) -> dict[str, int]:
+    if per == "step":
+        return {}
+    return {unit.name: len(tangent_groups(per, [unit.parameters])) for unit in adapted.units}
 
 
 def _head_modules(adapted: AdaptedModel) -> tuple[str, ...]:

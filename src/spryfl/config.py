@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from spryfl.errors import ConfigError, nearest
 from spryfl.federated.method import METHODS, Estimator
+from spryfl.gradients.tangents import Distribution, TangentsPer
 from spryfl.sizes import parse_size
 
 if sys.version_info >= (3, 11):
@@ -177,7 +178,11 @@ class MethodConfig(Part):
     name: str = "spry"
     estimator: Estimator | None = Field(None, description="how clients estimate gradients; the method's own by default")
     num_tangents: Positive = Field(1, description="K: directions a step; unused by backprop")
-    distribution: Literal["gaussian", "rademacher"] = "gaussian"
+    distribution: Distribution = Field(
+        "gaussian", description="of directions; orthogonal and coordinate ones give the exact gradient at K = d"
+    )
+    tangents_per: TangentsPer = Field("step", description="K directions for all parameters, or for each unit or tensor")
+    shrinkage: bool = Field(False, description="scale the estimate to the least squared error; no matter to Adam")
     step_size: PositiveFloat = Field(1e-3, description="h of the zeroth-order difference")
     checkpointing: Literal["none", "per_layer", "budgeted"] = Field("none", description="of backprop")
     budget: Size | None = Field(None, description="budgeted: bytes of layer inputs kept, such as '64MiB' or '1.5GB'")

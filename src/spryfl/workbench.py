@@ -29,6 +29,7 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.gradients.guided import GuidedGradient
+from spryfl.gradients.tangents import require_dimensions, tangent_groups
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.adapters import dropout_modules
 from spryfl.models.layers import layer_calls
@@ -129,6 +130,7 @@ class Workbench:
         train, test = encode(rows.train), encode(rows.test)
         bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels)
         bench._require_budget()
+        bench._require_dimensions()
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench
 
@@ -145,6 +147,22 @@ class Workbench:
                 f"method.budget = {budget:,} bytes: one layer's input takes {least:,} bytes for a batch of client "
                 f"{client}, {tokens:,} tokens; raise it to that, or lower local.batch_size or data.max_tokens"
             )
+
+    def _require_dimensions(self) -> None:
+        """Refuse more orthogonal tangents than the least that a client may train has dimensions."""
+        method, federation = self.config.method, self.federation
+        if METHODS[method.name].estimator == "backprop":
+            return
+
+        def size(group: Sequence[str]) -> int:
+            return sum(self.adapted.model.get_parameter(name).numel() for name in group)
+
+        shared = [federation.units[unit] for unit in federation.shared]
+        dealt = sorted((own for unit, own in federation.units.items() if unit not in federation.shared), key=size)
+        if method.tangents_per == "step" and federation.assignment == "split":
+            dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
+        for group in tangent_groups(method.tangents_per, [*dealt, *shared]):
+            require_dimensions(method.distribution, method.num_tangents, size(group), group)
 
     @cached_property
     def client_memory(self) -> ClientMemory | None:
@@ -201,6 +219,8 @@ class Workbench:
             weight_decay=config.local.weight_decay,
             num_tangents=config.method.num_tangents,
             distribution=config.method.distribution,
+            tangents_per=config.method.tangents_per,
+            shrinkage=config.method.shrinkage,
         )
 
     @cached_property

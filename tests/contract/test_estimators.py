@@ -11,6 +11,7 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes
 from spryfl.gradients.forward import ForwardGradient, loss_and_slopes
+from spryfl.gradients.tangents import Draw
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.layers import layer_calls
 
@@ -24,17 +25,31 @@ ESTIMATORS: dict[str, Callable[[], GradientEstimator]] = {
     "backprop, budgeted": lambda: Backprop("budgeted", layer_calls, 3 * 9 * 32 * 8),
 }
 DRAW = DirectionStream(0, 1, 0).at_step(0)
+DRAWS: dict[str, Callable[[list[str]], Draw]] = {
+    "gaussian": lambda names: DRAW,
+    "rademacher": lambda names: DirectionStream(0, 1, 0, "rademacher").at_step(0),
+    "orthogonal": lambda names: DirectionStream(0, 1, 0, "orthogonal").at_step(0),
+    "coordinate": lambda names: DirectionStream(0, 1, 0, "coordinate").at_step(0),
+    "gaussian, per tensor": lambda names: DirectionStream(0, 1, 0, groups=tuple((n,) for n in names)).at_step(0),
+    "orthogonal, two groups": lambda names: DirectionStream(
+        0, 1, 0, "orthogonal", (tuple(names[:1]), tuple(names[1:]))
+    ).at_step(0),
+    "shrunk": lambda names: DirectionStream(0, 1, 0, shrinkage=True).at_step(0),
+}
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_contract(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [*((name, "gaussian") for name in ESTIMATORS), *(("forward, 3 tangents", d) for d in DRAWS if d != "gaussian")],
+)
+def test_contract(name: str, draw: str) -> None:
     model, batch = build("bert"), padded_batch()
     model.base_model.model.bert.encoder.layer[1].attention.self.query.lora_dropout["default"].train()
     names = trainable(model)[:3]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     required = [parameter.requires_grad for parameter in model.parameters()]
-    estimate = ESTIMATORS[name]().estimate(model, batch_loss(batch), names, DRAW, 3)
+    estimate = ESTIMATORS[name]().estimate(model, batch_loss(batch), names, DRAWS[draw](names), 3)
 
     assert set(estimate.gradients) == set(names)
     assert all(g.shape == model.get_parameter(n).shape for n, g in estimate.gradients.items())
@@ -50,14 +65,17 @@ def test_contract(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if "backprop" not in name])
-def test_gradient_is_what_the_slopes_rebuild(name: str) -> None:
+@pytest.mark.parametrize("draw", DRAWS)
+def test_gradient_is_what_the_slopes_rebuild(name: str, draw: str) -> None:
     """Bitwise: the server has the slopes and the seed only."""
     model = build("bert")
     names = trainable(model)
-    estimate = ESTIMATORS[name]().estimate(model, batch_loss(padded_batch()), names, DRAW, 3)
+    directions = DRAWS[draw](names)
+    estimate = ESTIMATORS[name]().estimate(model, batch_loss(padded_batch()), names, directions, 3)
     assert estimate.slopes is not None
+    assert estimate.slopes.shape == (directions.num_slopes(names, 3 if "3" in name else 1),)
     assert estimate.slopes.dtype == torch.float32
-    rebuilt = gradient_from_slopes(estimate.slopes, {n: model.get_parameter(n).shape for n in names}, DRAW)
+    rebuilt = gradient_from_slopes(estimate.slopes, {n: model.get_parameter(n).shape for n in names}, directions)
     assert all(torch.equal(rebuilt[n], estimate.gradients[n]) for n in names)
 
 

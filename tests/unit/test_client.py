@@ -13,6 +13,7 @@ from spryfl.federated.rounds import Federation, proposed_change
 from spryfl.federated.server_optimizer import ServerUpdate
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.forward import ForwardGradient
+from spryfl.gradients.tangents import SPREADS, tangent_groups
 from spryfl.gradients.zeroth_order import ZerothOrder
 
 ESTIMATORS = {"forward": ForwardGradient(2), "zeroth_order": ZerothOrder(2)}
@@ -54,17 +55,23 @@ def federation(training: LocalTraining) -> Federation:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("pace", ["iteration", "epoch"])
-def test_the_server_rebuilds_from_slopes_what_the_client_did(estimator: str, pace: str) -> None:
+@pytest.mark.parametrize("distribution", SPREADS)
+@pytest.mark.parametrize("per", ["step", "tensor"])
+def test_the_server_rebuilds_from_slopes_what_the_client_did(
+    estimator: str, pace: str, distribution: str, per: str
+) -> None:
     """Bitwise: per iteration its gradient, per epoch the values its local optimizer came to."""
     model = build("bert").float()
-    settings = training(pace=pace)
+    settings = training(pace=pace, distribution=distribution, tangents_per=per, shrinkage=per == "tensor")
     client = Client(model, Rows(), ESTIMATORS[estimator], settings)
-    sent = client.update(task_for(model, "slopes"))
-    own = client.update(task_for(model, "gradients" if pace == "iteration" else "values"))
-    assert sent.tensors == {}
-    assert sent.slopes.shape == (settings.num_steps(10), 2)
-    assert sent.payload_bytes == 4 * 2 * settings.num_steps(10)
     task = task_for(model, "slopes")
+    task = replace(task, groups=tangent_groups(per, [task.parameters]))
+    sent = client.update(task)
+    own = client.update(replace(task, upload="gradients" if pace == "iteration" else "values"))
+    assert sent.tensors == {}
+    num_slopes = 2 * (1 if per == "step" else 2)
+    assert sent.slopes.shape == (settings.num_steps(10), num_slopes)
+    assert sent.payload_bytes == 4 * num_slopes * settings.num_steps(10)
     rebuilt = proposed_change(sent, task, federation(settings))
     for name, tensor in own.tensors.items():
         expected = -tensor if pace == "iteration" else tensor - task.values[name]

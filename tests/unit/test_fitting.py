@@ -152,3 +152,16 @@ def test_a_budget_that_holds_nothing_is_one_line_before_the_run(tiny_config: Cal
         Workbench.from_config(budgets(tiny_config(), 10**12, 10**6))
     with pytest.raises(ConfigError, match=r"clients\.memory"):
         parse_config({"clients": {"memory": ["lots"]}})
+
+
+def test_tangents_of_each_unit_cost_as_many_times_k(tiny_config: Callable[..., RunConfig]) -> None:
+    shared, each = (
+        Workbench.from_config(budgets(tiny_config(method__tangents_per=per), 10**12)).client_memory
+        for per in ("step", "unit")
+    )
+    assert shared is not None
+    assert each is not None
+    one, *_ = units = list(each.values)
+    chunk = SMALLER_CHUNKS[0]
+    assert each.peak_bytes([one], 1, chunk) == shared.peak_bytes([one], 1, chunk)
+    assert each.peak_bytes(units[:3], 1, chunk) == shared.peak_bytes(units[:3], 3, chunk)

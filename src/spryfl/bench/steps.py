@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
-from spryfl.gradients.estimator import Draw, GradientEstimate
+from spryfl.gradients.estimator import GradientEstimate
 from spryfl.gradients.forward import ForwardGradient
+from spryfl.gradients.tangents import Draw
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.layers import layer_calls
 from spryfl.models.units import Unit, parameters_of

@@ -16,9 +16,10 @@ from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
 from spryfl.federated.messages import ClientTask, ClientUpdate
 from spryfl.federated.method import Pace
 from spryfl.forward_mode.budget import chunks_of
-from spryfl.gradients.directions import DirectionStream, Distribution
+from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, Loss
 from spryfl.gradients.guided import GuidedGradient
+from spryfl.gradients.tangents import Distribution, TangentsPer
 
 BatchT = TypeVar("BatchT")
 
@@ -45,6 +46,8 @@ class LocalTraining:
     weight_decay: float
     num_tangents: int
     distribution: Distribution
+    tangents_per: TangentsPer = "step"
+    shrinkage: bool = False
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps a round of a client with this many examples."""
@@ -54,7 +57,7 @@ class LocalTraining:
         return LocalOptimizer(values, self.optimizer, self.learning_rate, self.weight_decay)
 
     def directions(self, task: ClientTask) -> DirectionStream:
-        return DirectionStream(task.seed, task.round, task.client, self.distribution)
+        return DirectionStream(task.seed, task.round, task.client, self.distribution, task.groups, self.shrinkage)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spryfl.federated.fitting import PassSettings
 from spryfl.federated.method import Upload
+from spryfl.gradients.tangents import Groups
 
 SEED_BYTES = 8
 
@@ -27,6 +28,7 @@ class ClientTask:
         settings: with which its passes fit the client's memory.
         maps: backward maps of its layers, for guided tangents (`gradients.guesses.tensors_of`).
         momentum: the server's, of its parameters, where tangents are taken along it.
+        groups: parameters that share tangents (`method.tangents_per`); None: all of them.
     """
 
     round: int
@@ -39,6 +41,7 @@ class ClientTask:
     settings: PassSettings = field(default_factory=PassSettings)
     maps: dict[str, Tensor] = field(default_factory=dict)
     momentum: dict[str, Tensor] = field(default_factory=dict)
+    groups: Groups | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -54,7 +57,7 @@ class ClientUpdate:
         num_examples: trained on this round; its weight in the mean.
         loss: mean training loss.
         tensors: trained values or gradients of the assigned parameters; empty for upload "slopes".
-        slopes: (steps, K) float32 for upload "slopes", else None.
+        slopes: (steps, K for each group) float32 for upload "slopes", else None.
         seconds: the client's computing time.
         peak_activation_bytes: measured; 0 where this update was not metered.
     """

@@ -22,6 +22,7 @@ from spryfl.federated.server_optimizer import Moments, ServerUpdate, momentum_of
 from spryfl.federated.validation import validate_update
 from spryfl.gradients.estimator import gradient_from_slopes
 from spryfl.gradients.guesses import maps_for
+from spryfl.gradients.tangents import tangent_groups
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _task(state: FederatedState, federation: Federation, client: int, deal: Deal
         settings=deal.settings[client],
         maps=maps_for(state.maps, {place for unit in units for place in federation.places.get(unit, ())}),
         momentum=momentum_of(state.moments, parameters) if federation.momentum else {},
+        groups=tangent_groups(federation.training.tangents_per, [federation.units[unit] for unit in units]),
     )
 
 
@@ -218,6 +220,9 @@ def _collect(
 def _slopes_shape(update: ClientUpdate, task: ClientTask | None, federation: Federation) -> tuple[int, int] | None:
     if federation.upload != "slopes":
         return None
-    steps = federation.training.num_steps(update.num_examples) if isinstance(update.num_examples, int) else 1
-    own = None if task is None else task.settings.num_tangents
-    return steps, own or federation.training.num_tangents
+    training = federation.training
+    steps = training.num_steps(update.num_examples) if isinstance(update.num_examples, int) else 1
+    if task is None:  # refused for that
+        return steps, training.num_tangents
+    own = task.settings.num_tangents or training.num_tangents
+    return steps, training.directions(task).at_step(0).num_slopes(task.parameters, own)

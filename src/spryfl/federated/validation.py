@@ -14,7 +14,7 @@ def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape:
     Args:
         update: from an untrusted client.
         task: what that client was asked for this round; None if nothing.
-        slopes_shape: (steps, K) expected for upload "slopes"; None for other uploads.
+        slopes_shape: (steps, K for each group) expected for upload "slopes"; None for other uploads.
 
     Raises:
         UpdateRefusedError: the first thing wrong, by name.

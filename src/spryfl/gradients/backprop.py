@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.errors import ConfigError
-from spryfl.gradients.estimator import Draw, GradientEstimate, Loss
+from spryfl.gradients.estimator import GradientEstimate, Loss
 from spryfl.gradients.sweep import Sweep
+from spryfl.gradients.tangents import Draw
 
 Checkpointing = Literal["none", "per_layer", "budgeted"]
 

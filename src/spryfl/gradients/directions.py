@@ -1,4 +1,4 @@
-"""Seeded directions: (seed, round, client, step, k, parameter) -> tensor, the same everywhere.
+"""Seeded numbers for directions: (seed, round, client, step, k, parameter) -> tensor, the same everywhere.
 
 Bits come from Philox, a counter-based generator (Salmon et al. 2011): the address of a number is
 its counter, so no generator state has to travel or be kept in step. NumPy guarantees the raw bits of
@@ -8,16 +8,14 @@ are computed here from raw bits.
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Distribution = Literal["gaussian", "rademacher"]
+from spryfl.gradients.tangents import Distribution, Draw, Groups
 
 
 @dataclass(frozen=True)
@@ -28,16 +26,21 @@ class DirectionStream:
         seed: the run's seed.
         round: the round, from 1.
         client: the client's partition id.
-        distribution: both have mean 0 and covariance I, so E[(g . v) v] = g.
+        distribution: all have mean 0 and covariance I, so E[(g . v) v] = g.
+        groups, shrinkage: see `Draw`.
     """
 
     seed: int
     round: int
     client: int
     distribution: Distribution = "gaussian"
+    groups: Groups | None = None
+    shrinkage: bool = False
 
     def draw(self, step: int, k: int, parameter: str, shape: torch.Size) -> Tensor:
-        """Return direction k of local step `step` for a parameter: float32, on the CPU.
+        """Return the numbers of direction k of local step `step` for a parameter: float32, on the CPU.
+
+        They are Gaussian, or signs; directions that are drawn jointly are made of them by `Draw`.
 
         Args:
             step: local step, from 0.
@@ -46,15 +49,20 @@ class DirectionStream:
             shape: the parameter's shape.
         """
         count = math.prod(shape)
+        signs = self.distribution == "rademacher"
         # One 64-bit word gives two Gaussian numbers, or 64 signs.
-        num_words = -(-count // (2 if self.distribution == "gaussian" else 64))
-        words = _philox(self.seed, parameter, self.round, self.client, step, k).random_raw(num_words)
-        numbers = _gaussian(words) if self.distribution == "gaussian" else _rademacher(words)
+        words = self.words(step, k, parameter, -(-count // (64 if signs else 2)))
+        numbers = _rademacher(words) if signs else _gaussian(words)
         return torch.from_numpy(numbers[:count]).reshape(shape)
 
-    def at_step(self, step: int) -> "Callable[[int, str, torch.Size], Tensor]":
-        """The directions of one local step, as estimators draw them: (k, parameter, shape) -> tensor."""
-        return partial(self.draw, step)
+    def words(self, step: int, k: int, parameter: str, count: int) -> np.ndarray:
+        """Return the first random 64-bit words at an address."""
+        return _philox(self.seed, parameter, self.round, self.client, step, k).random_raw(count)
+
+    def at_step(self, step: int) -> Draw:
+        """The directions of one local step, as estimators draw them."""
+        numbers, words = partial(self.draw, step), partial(self.words, step)
+        return Draw(numbers, words, self.distribution, self.groups, self.shrinkage)
 
 
 def _philox(seed: int, parameter: str, round: int, client: int, step: int, k: int) -> np.random.Philox:

@@ -7,11 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from spryfl.gradients.tangents import Draw
+
 Loss = Callable[[nn.Module], Tensor]
 """Maps the model, its present values loaded, to the mean loss of one batch: a scalar tensor."""
-
-Draw = Callable[[int, str, torch.Size], Tensor]
-"""(k, parameter name, shape) -> the k-th direction of that parameter, float32 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class GradientEstimate:
         gradients: by parameter name, float32 on the CPU, where adapter-sized arithmetic is the same on
             every machine.
         loss: the batch's mean loss.
-        slopes: (K,) float32 on the CPU: slope along each direction; None for backprop.
+        slopes: (K,) float32 on the CPU, K for each group of `Draw`: slope along each direction; None for backprop.
         num_examples: rows of the batch.
     """
 
@@ -54,24 +53,17 @@ class GradientEstimator(Protocol):
 
 
 def gradient_from_slopes(slopes: Tensor, shapes: Mapping[str, torch.Size], draw: Draw) -> dict[str, Tensor]:
-    """Rebuild a gradient from its slopes: g = (1/K) sum_k s_k v_k.
+    """Rebuild a gradient from its slopes: g = (1/K) sum_k s_k v_k in each group of parameters.
 
     Client and server both call this, so what the server rebuilds from K scalars and a seed is
     bitwise what the client used (Spry's per-iteration mode; Panchal et al. 2024, section 3.2).
 
     Args:
-        slopes: (K,) float32.
+        slopes: (K,) float32; K for each group.
         shapes: shape of each parameter's gradient, by name.
         draw: the directions the slopes were taken along.
     """
-    num_tangents = slopes.numel()
-    gradients = {}
-    for name, shape in shapes.items():
-        total = torch.zeros(shape)
-        for k in range(num_tangents):
-            total.add_(draw(k, name, shape), alpha=float(slopes[k]) / num_tangents)
-        gradients[name] = total
-    return gradients
+    return draw.gradient(slopes, shapes)
 
 
 def estimate_from_slopes(

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from spryfl.forward_mode.dual import split
 from spryfl.forward_mode.inject import injected
-from spryfl.gradients.estimator import Draw, GradientEstimate, Loss, estimate_from_slopes
+from spryfl.gradients.estimator import GradientEstimate, Loss, estimate_from_slopes
+from spryfl.gradients.tangents import Draw
 
 
 @dataclass(frozen=True)
 class ForwardGradient:
-    """Forward mode along `num_tangents` (K) directions, all in one pass."""
+    """Forward mode along `num_tangents` (K) directions of each group of parameters, all in one pass."""
 
     num_tangents: int = 1
 
@@ -28,11 +29,7 @@ class ForwardGradient:
     ) -> GradientEstimate:
         """See `GradientEstimator.estimate`."""
         shapes = {name: model.get_parameter(name).shape for name in parameters}
-        tangents = {
-            name: torch.stack([draw(k, name, shape) for k in range(self.num_tangents)])
-            for name, shape in shapes.items()
-        }
-        value, slopes = loss_and_slopes(model, loss, tangents)
+        value, slopes = loss_and_slopes(model, loss, draw.stacked(shapes, self.num_tangents))
         return estimate_from_slopes(model, slopes.tolist(), value, parameters, draw, num_examples)
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spryfl.gradients.estimator import Draw, GradientEstimate, Loss, estimate_from_slopes
+from spryfl.gradients.estimator import GradientEstimate, Loss, estimate_from_slopes
+from spryfl.gradients.tangents import Draw
 
 
 @dataclass(frozen=True)
 class ZerothOrder:
-    """Central differences of step `step_size` (h) along `num_tangents` (K) directions."""
+    """Central differences of step `step_size` (h) along `num_tangents` (K) directions of each group of parameters."""
 
     num_tangents: int = 1
     step_size: float = 1e-3
@@ -31,8 +32,7 @@ class ZerothOrder:
         named = {name: model.get_parameter(name) for name in parameters}
         losses, slopes = [], []
         with torch.no_grad(), _dropout_off(model):
-            for k in range(self.num_tangents):
-                direction = {name: draw(k, name, p.shape) for name, p in named.items()}
+            for direction in draw.directions({name: p.shape for name, p in named.items()}, self.num_tangents):
                 above = _loss_at(model, loss, named, direction, self.step_size)
                 below = _loss_at(model, loss, named, direction, -self.step_size)
                 losses.append((above + below) / 2)
@@ -45,13 +45,14 @@ def _loss_at(
     model: nn.Module, loss: Loss, named: Mapping[str, nn.Parameter], direction: Mapping[str, Tensor], step: float
 ) -> float:
     """L(w + step v), the parameters restored bitwise afterwards."""
-    saved = {name: p.detach().clone() for name, p in named.items()}
+    moved = {name: named[name] for name in direction}
+    saved = {name: p.detach().clone() for name, p in moved.items()}
     try:
-        for name, parameter in named.items():
+        for name, parameter in moved.items():
             parameter.add_(direction[name].to(parameter.device, parameter.dtype), alpha=step)
         return float(loss(model))
     finally:
-        for name, parameter in named.items():
+        for name, parameter in moved.items():
             parameter.copy_(saved[name])
 
 
