@@ -183,6 +183,10 @@ class MethodConfig(Part):
     )
     tangents_per: TangentsPer = Field("step", description="K directions for all parameters, or for each unit or tensor")
     shrinkage: bool = Field(False, description="scale the estimate to the least squared error; no matter to Adam")
+    exact_head: bool = Field(
+        False, description="give the head its exact gradient, at no further pass; backprop and guided always do"
+    )
+    chunk: Size | None = Field(None, description="bound on a pass's temporaries, 32MiB by default; changes no result")
     step_size: PositiveFloat = Field(1e-3, description="h of the zeroth-order difference")
     checkpointing: Literal["none", "per_layer", "budgeted"] = Field("none", description="of backprop")
     budget: Size | None = Field(None, description="budgeted: bytes of layer inputs kept, such as '64MiB' or '1.5GB'")
@@ -199,6 +203,8 @@ class MethodConfig(Part):
                 f"upload = 'slopes': nothing can be rebuilt from them with estimator '{self.own_estimator}', whose "
                 "directions are not drawn from a seed; set upload = 'values' or another method"
             )
+        if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
+            raise ValueError("exact_head: the head's gradient cannot be rebuilt from slopes; set upload = 'values'")
         if self.checkpointing == "budgeted" and self.budget is None:
             raise ValueError("checkpointing = 'budgeted' needs a budget, such as budget = '64MiB'")
         if self.budget is not None and self.checkpointing != "budgeted":

@@ -27,6 +27,7 @@ from spryfl.forward_mode.next_token import takes_positions
 from spryfl.forward_mode.support import require_support
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.estimator import GradientEstimator
+from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.gradients.guided import GuidedGradient
 from spryfl.gradients.tangents import require_dimensions, tangent_groups
@@ -221,6 +222,7 @@ class Workbench:
             distribution=config.method.distribution,
             tangents_per=config.method.tangents_per,
             shrinkage=config.method.shrinkage,
+            chunk_bytes=config.method.chunk,
         )
 
     @cached_property
@@ -230,6 +232,9 @@ class Workbench:
         if isinstance(estimator, GuidedGradient):
             unit_of = {name: unit.name for unit in self.adapted.units for name in unit.parameters}
             estimator = replace(estimator, unit_of=unit_of)
+        if self.config.method.exact_head and self.config.method.own_estimator in ("forward", "zeroth_order"):
+            head = {name for unit in self.adapted.units if unit.is_head for name in unit.parameters}
+            estimator = ExactHead(estimator, layer_calls, frozenset(head))
         return estimator
 
     def client(self, client: int) -> Client[Batch]:

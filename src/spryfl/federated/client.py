@@ -18,6 +18,7 @@ from spryfl.federated.method import Pace
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, Loss
+from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.guided import GuidedGradient
 from spryfl.gradients.tangents import Distribution, TangentsPer
 
@@ -48,6 +49,7 @@ class LocalTraining:
     distribution: Distribution
     tangents_per: TangentsPer = "step"
     shrinkage: bool = False
+    chunk_bytes: int | None = None
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps a round of a client with this many examples."""
@@ -80,12 +82,12 @@ class Client(Generic[BatchT]):
         Each step estimates the gradient of its batch's loss at the current values and steps the local
         optimizer (Spry, algorithm 1, ClientTrain).
         """
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         directions = self.training.directions(task)
         optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
         losses, slopes, num_seen, gradients = [], [], 0, {}
         random = torch.random.fork_rng(devices=self._accelerators())
-        estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes)
+        estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes or self.training.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
             for step, rows in enumerate(self._batches(task)):
                 estimate = estimator.estimate(
@@ -111,6 +113,7 @@ class Client(Generic[BatchT]):
             tensors={"values": optimizer.values, "gradients": gradients, "slopes": {}}[task.upload],
             slopes=torch.stack(slopes) if task.upload == "slopes" else None,
             seconds=time.perf_counter() - started,
+            cpu_seconds=time.process_time() - cpu_started,
         )
 
     def _estimator(self, task: ClientTask) -> GradientEstimator:
@@ -120,7 +123,9 @@ class Client(Generic[BatchT]):
             return estimator.guided_by(task.maps, task.momentum)
         if task.settings.num_tangents is None:
             return estimator
-        return replace(estimator, num_tangents=task.settings.num_tangents)  # type: ignore[type-var]
+        if isinstance(estimator, ExactHead):
+            return replace(estimator, inner=_with_tangents(estimator.inner, task.settings.num_tangents))
+        return _with_tangents(estimator, task.settings.num_tangents)
 
     def _batches(self, task: ClientTask) -> Iterator[np.ndarray]:
         """Row numbers of each local step's batch: shuffled anew each round and epoch, from the seed."""
@@ -151,6 +156,10 @@ class Client(Generic[BatchT]):
     def _accelerators(self) -> list[torch.device]:
         device = next(self.model.parameters()).device
         return [] if device.type == "cpu" else [device]
+
+
+def _with_tangents(estimator: GradientEstimator, num_tangents: int) -> GradientEstimator:
+    return replace(estimator, num_tangents=num_tangents)  # type: ignore[type-var]
 
 
 def _address(task: ClientTask, purpose: str) -> np.ndarray:

@@ -58,7 +58,8 @@ class ClientUpdate:
         loss: mean training loss.
         tensors: trained values or gradients of the assigned parameters; empty for upload "slopes".
         slopes: (steps, K for each group) float32 for upload "slopes", else None.
-        seconds: the client's computing time.
+        seconds: the client's computing time; cpu_seconds: of the processor alone, all threads, which neighbours
+            on the same machine do not lengthen.
         peak_activation_bytes: measured; 0 where this update was not metered.
     """
 
@@ -69,6 +70,7 @@ class ClientUpdate:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     slopes: Tensor | None = None
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_activation_bytes: int = 0
 
     @property

@@ -82,7 +82,7 @@ class RoundReport:
         untrained: units nobody trained; they stay as they were.
         unheld: units no client of the cohort has the memory for.
         settings: by client, where memory is a matter.
-        seconds: wall-clock time; client_seconds: the clients' computing time, added up.
+        seconds: wall-clock time; client_seconds, client_cpu_seconds: the clients' computing time, added up.
     """
 
     round: int
@@ -92,6 +92,7 @@ class RoundReport:
     bytes_down: int
     seconds: float
     client_seconds: float
+    client_cpu_seconds: float
     peak_activation_bytes: int
     failures: tuple[ClientFailure, ...]
     refused: tuple[ClientFailure, ...]
@@ -144,6 +145,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         bytes_down=sum(task.payload_bytes for task in tasks.values()),
         seconds=time.perf_counter() - started,
         client_seconds=sum(u.seconds for u in updates),
+        client_cpu_seconds=sum(u.cpu_seconds for u in updates),
         peak_activation_bytes=max(u.peak_activation_bytes for u in updates),
         failures=tuple(failures),
         refused=tuple(refused),

@@ -46,7 +46,7 @@ class ExactHead:
             alone = Backprop() if head else self.inner  # stores what lies above the layers, nothing else
             return alone.estimate(model, loss, parameters, draw, num_examples)
         layers = list(self.layers(model))
-        last: list[Tensor] = []
+        last: list[Any] = []
         with _recorded(layers, last):
             estimate = self.inner.estimate(model, loss, others, draw, num_examples)
         with torch.enable_grad(), only_requiring_grad(model, head) as wanted, _skipped(layers, last[0]):
@@ -59,7 +59,7 @@ class ExactHead:
 
 
 @contextmanager
-def _recorded(layers: Sequence[nn.Module], last: list[Tensor]) -> Iterator[None]:
+def _recorded(layers: Sequence[nn.Module], last: list[Any]) -> Iterator[None]:
     """Put the last call's output, without its tangents, into `last`: that of the latest pass inside."""
     places = count()
 
@@ -67,7 +67,8 @@ def _recorded(layers: Sequence[nn.Module], last: list[Tensor]) -> Iterator[None]
         def run(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             if next(places) % len(layers) == len(layers) - 1:
-                last[:] = [split(hidden_of(output, layer))[0].detach()]
+                hidden = split(hidden_of(output, layer))[0].detach()
+                last[:] = [hidden if isinstance(output, Tensor) else (hidden, *output[1:])]
             return output
 
         return run
@@ -77,14 +78,16 @@ def _recorded(layers: Sequence[nn.Module], last: list[Tensor]) -> Iterator[None]
 
 
 @contextmanager
-def _skipped(layers: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
-    """Leave the layers out of the pass inside: the last one returns this hidden state."""
+def _skipped(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Leave the layers out of the pass inside: the last one returns this."""
     places = count()
 
     def skipping(layer: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs[HIDDEN]
-            return hidden if next(places) == len(layers) - 1 else given
+            if next(places) == len(layers) - 1:
+                return output
+            return given if isinstance(output, Tensor) else (given, *output[1:])
 
         return run
 

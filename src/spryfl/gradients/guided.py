@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from spryfl.errors import ModelError
 from spryfl.gradients.backprop import only_requiring_grad
-from spryfl.gradients.estimator import Draw, GradientEstimate, Loss
+from spryfl.gradients.estimator import GradientEstimate, Loss
 from spryfl.gradients.forward import loss_and_slopes
 from spryfl.gradients.guesses import Guess, MapGuess, identity, maps_from
 from spryfl.gradients.reverse import GradientSums, reverse_call
+from spryfl.gradients.tangents import Draw
 from spryfl.gradients.trace import REMEDY, Trace, trace
 
 SlopesPer = Literal["none", "step", "unit", "tensor"]

@@ -12,7 +12,8 @@ class RoundEvent:
         loss: clients' mean training loss; None in round 0.
         accuracy, test_loss: of the global model on the test split; None where not evaluated.
         bytes_up, bytes_down: of all the round's clients.
-        seconds: wall-clock time, evaluation included; client_seconds: computing of all clients.
+        seconds: wall-clock time, evaluation included; client_seconds: computing of all clients;
+            client_cpu_seconds: on their processors.
         peak_activation_bytes: the largest measured so far.
         failures, refused: "client: reason".
         untrained: units nobody trained; unheld: units that no client of the cohort has the memory for.
@@ -37,6 +38,7 @@ class RoundEvent:
     untrained: tuple[str, ...] = ()
     unheld: tuple[str, ...] = ()
     settings: tuple[dict[str, Any], ...] = ()
+    client_cpu_seconds: float = 0.0
     guess_cosine: float | None = None
     maps_fitted: bool = False
 
@@ -55,6 +57,7 @@ class Summary:
 
     Attributes:
         unheld_units: those that no client has the memory for; they stay as they were.
+        num_map_fits: how often backward maps were fitted anew.
         client_memory: bytes, dealt to clients in turn; none where memory is no matter.
     """
 
@@ -88,6 +91,8 @@ class Summary:
     checkpoint_budget_bytes: int | None = None
     unheld_units: tuple[str, ...] = ()
     client_memory: tuple[int, ...] = ()
+    client_cpu_seconds: float = 0.0
+    num_map_fits: int = 0
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
