@@ -42,6 +42,7 @@ ADAPTER_KINDS = {
     "lora_xs": "rank x rank numbers between frozen factors, the weight's own singular vectors",
     "vera": "two trained vectors scale one frozen random pair that all modules share",
     "tinylora": "num_values numbers, spread over LoRA-XS's rank x rank by frozen random matrices",
+    "head": "nothing: the head alone is trained",
 }
 """What a module trains, of in x out, at rank r: lora r (in + out), with A frozen r out, with B frozen r in; lora_xs
 r r; vera out + r; tinylora num_values."""
@@ -80,7 +81,7 @@ class ModelConfig(Part):
 class AdapterConfig(Part):
     """What is trained beside the head."""
 
-    kind: Literal["lora", "lora_xs", "vera", "tinylora"] = "lora"
+    kind: Literal["lora", "lora_xs", "vera", "tinylora", "head"] = "lora"
     rank: Positive = Field(1, description="of the update: LoRA r; VeRA needs more, such as 256")
     alpha: PositiveFloat = Field(1.0, description="lora: the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")

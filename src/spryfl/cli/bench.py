@@ -62,3 +62,39 @@ def memory(
     (out / "memory.md").write_text(table, encoding="utf-8")
     plot_growth(rows, out / "memory-growth.png")
     print(json.dumps(rows, indent=2) if as_json else table)
+
+
+@bench.command("frontier")
+def frontier(
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folders snli, mnli, ag_news, sst2, dolly_15k of Parquet.")],
+    task: Annotated[list[str] | None, typer.Option(help="Only these tasks; --task list names them.")] = None,
+    estimator: Annotated[list[str] | None, typer.Option(help="Only these; --estimator list names them.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, max=2, help="Only these seeds of 0, 1, 2.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Search learning rates, an equal search for each.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Runs, and frontier.{json,md,png}; a stopped bench goes on from it.")
+    ] = Path("runs/bench-frontier"),
+) -> None:
+    """Accuracy, memory and compute of every estimator in real federated runs. Takes hours; resumable."""
+    from spryfl.bench.frontier import run_frontier
+    from spryfl.bench.frontier import tune as tune_rates
+    from spryfl.bench.frontier_report import as_markdown, plot_frontier
+    from spryfl.bench.frontier_works import SEEDS, TASKS, VARIANTS
+
+    for asked, known in ((task, TASKS), (estimator, VARIANTS)):
+        if asked == ["list"]:
+            print("\n".join(known))
+            return
+    out.mkdir(parents=True, exist_ok=True)
+    say = lambda text: print(f"running {text}", file=sys.stderr, flush=True)  # noqa: E731
+    tasks, variants = task or list(TASKS), estimator or list(VARIANTS)
+    if tune:
+        print(json.dumps(tune_rates(tasks, variants, data, out, say), indent=2))
+        return
+    rows = run_frontier(tasks, variants, seed or SEEDS, data, out, say)
+    table = as_markdown(rows)
+    (out / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / "frontier.md").write_text(table, encoding="utf-8")
+    plot_frontier(rows, out / "frontier.png")
+    print(json.dumps(rows, indent=1) if as_json else table)

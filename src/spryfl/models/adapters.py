@@ -60,6 +60,16 @@ def _freeze_factor(model: PeftModel, config: AdapterConfig) -> None:
                     a.zero_()
 
 
+def _freeze_all(model: PeftModel, config: AdapterConfig) -> None:
+    """Leave LoRA at its start, where it changes nothing; the head is trained in full."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A[NAME].weight.requires_grad_(False)
+            layer.lora_B[NAME].weight.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("adapter.kind = 'head': this task trains no head; choose another kind, such as 'lora'")
+
+
 def _vera(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
     """VeRA (Kopiczko et al. 2024): W x + b * B (d * A x); b (out) and d (r) trained, A and B one pair for all."""
     return VeraConfig(
@@ -121,6 +131,7 @@ ADAPTERS: dict[str, Adapter] = {
     "lora_xs": Adapter(_tinylora, _finish_xs, decomposes=True),
     "vera": Adapter(_vera),
     "tinylora": Adapter(_tinylora, _finish_tinylora, decomposes=True),
+    "head": Adapter(_lora, _freeze_all),
 }
 
 

@@ -1,0 +1,171 @@
+"""`spry bench frontier`: accuracy, memory and compute of every estimator in real federated runs.
+
+Each run has a directory of its own below `--out`, so a stopped bench goes on where it was, inside a run too.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from spryfl.bench.frontier_works import RATES, SEEDS, TASKS, TUNING_ROUNDS, VARIANTS, Variant, settings_of
+from spryfl.config import RunConfig, parse_config, with_overrides
+from spryfl.errors import SpryError
+from spryfl.run import run
+from spryfl.tracking.run_directory import RunDirectory
+
+Row = dict[str, Any]
+Progress = Callable[[str], None]
+TUNING_FILE = "frontier-tuning.json"
+TUNING_SEED = 100
+
+
+def run_frontier(
+    tasks: Sequence[str], variants: Sequence[str], seeds: Sequence[int], data: Path, out: Path, say: Progress
+) -> list[Row]:
+    """Run what is asked for, or go on with it; rows of all runs that are finished below `out`.
+
+    Raises:
+        SpryError: an unknown name, or data that is not there.
+    """
+    _check(tasks, variants, data)
+    tuned = read_tuning(out)
+    for seed in seeds:
+        for task in tasks:
+            for name in variants:
+                if VARIANTS[name].encoder_only and not TASKS[task].has_head:
+                    continue
+                say(f"{task}, {name}, seed {seed}")
+                config = _config(task, VARIANTS[name], data, tuned, seed)
+                _run(config, out / "runs" / task / f"{_slug(name)}-{seed}")
+    return collect(out)
+
+
+def collect(out: Path) -> list[Row]:
+    """One row for each finished run, in the order of the tables."""
+    rows = [row for task in TASKS for name in VARIANTS for row in _finished(out, task, name)]
+    return [row | {"share_recovered": _share(row, rows)} for row in rows]
+
+
+def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, say: Progress) -> dict[str, Any]:
+    """Try each local learning rate for a few rounds on a part of the training data; keep the best of each.
+
+    Every variant that does not borrow another's rate gets the same trials.
+    """
+    _check(tasks, variants, data)
+    tuned = read_tuning(out)
+    for task in tasks:
+        for name in variants:
+            variant = VARIANTS[name]
+            if variant.rates_of is not None or (variant.encoder_only and not TASKS[task].has_head):
+                continue
+            trials = tuned.setdefault(task, {}).setdefault(name, {}).setdefault("accuracy", {})
+            for rate in RATES:
+                if str(rate) in trials:
+                    continue
+                say(f"tuning {task}, {name}, local.learning_rate {rate}")
+                config = _tuning_config(task, variant, data, rate)
+                folder = out / "tuning" / task / f"{_slug(name)}-{rate}"
+                trials[str(rate)] = _run(config, folder).accuracy
+                shutil.rmtree(folder)
+                tuned[task][name]["rate"] = float(max(trials, key=lambda r: (trials[r], -float(r))))
+                (out / TUNING_FILE).write_text(json.dumps(tuned, indent=2) + "\n", encoding="utf-8")
+    return tuned
+
+
+def read_tuning(out: Path) -> dict[str, Any]:
+    """By task and variant: its trials and the best rate."""
+    path = out / TUNING_FILE
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _config(task: str, variant: Variant, data: Path, tuned: dict[str, Any], seed: int) -> RunConfig:
+    rate = tuned.get(task, {}).get(variant.rates_of or variant.name, {}).get("rate", TASKS[task].rate)
+    settings = settings_of(TASKS[task], variant, str(data.resolve()), rate, seed)
+    return parse_config(with_overrides({}, settings | {"runtime.num_threads": 1, "label": variant.name}))
+
+
+def _tuning_config(task: str, variant: Variant, data: Path, rate: float) -> RunConfig:
+    """A short run that never sees the test split: a part of train takes its place."""
+    settings = settings_of(TASKS[task], variant, str(data.resolve()), rate, TUNING_SEED)
+    rounds = max(TUNING_ROUNDS, settings["server.num_rounds"] // 4)
+    changed = {
+        "data.name": f"{data.resolve()}/{TASKS[task].data}/train.parquet",
+        "server.num_rounds": rounds,
+        "evaluation.every": rounds,
+        "runtime.num_threads": 1,
+    }
+    return parse_config(with_overrides({}, settings | changed))
+
+
+def _run(config: RunConfig, folder: Path) -> Any:
+    directory = RunDirectory(folder)
+    if not directory.config_file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        directory.write_config(config)
+    return run(directory.read_config(), directory, (), config.label or "")
+
+
+def _finished(out: Path, task: str, name: str) -> Iterator[Row]:
+    variant = VARIANTS[name]
+    for seed in SEEDS:
+        directory = RunDirectory(out / "runs" / task / f"{_slug(name)}-{seed}")
+        summary = directory.read_summary()
+        if summary is None:
+            continue
+        events = directory.read_events()
+        steps = [event for event in events if event.round > 0]
+        config = directory.read_config()
+        yield {
+            "task": task,
+            "model": summary.model,
+            "estimator": variant.estimator,
+            "dial": variant.dial,
+            "seed": seed,
+            "rounds": summary.rounds,
+            "accuracy": summary.accuracy,
+            "accuracy_before": summary.accuracy_before,
+            "client_seconds": summary.client_seconds,
+            "client_cpu_seconds": summary.client_cpu_seconds,
+            "activation_peak_bytes": summary.peak_activation_bytes,
+            "bytes_up": summary.bytes_up,
+            "bytes_down": summary.bytes_down,
+            "map_fits": summary.num_map_fits,
+            "learning_rate": config.local.learning_rate,
+            "curve": [
+                [event.round, event.accuracy, sum(e.client_cpu_seconds for e in steps if e.round <= event.round)]
+                for event in events
+                if event.accuracy is not None
+            ],
+        }
+
+
+def _share(row: Row, rows: Sequence[Row]) -> float | None:
+    """The part of backprop's gain (all units to all clients) that a run makes, of the same task, seed and rounds.
+
+    A gain counts from training the head alone, or from the zero-shot prompt where there is no head.
+    """
+    same = [r for r in rows if (r["task"], r["seed"]) == (row["task"], row["seed"])]
+    best = next((r["accuracy"] for r in same if r["estimator"] == "backprop"), None)
+    start = row["accuracy_before"]
+    if TASKS[row["task"]].has_head:
+        start = next((r["accuracy"] for r in same if r["estimator"] == "head alone"), None)
+    if best is None or start is None or best <= start:
+        return None
+    return float((row["accuracy"] - start) / (best - start))
+
+
+def _check(tasks: Sequence[str], variants: Sequence[str], data: Path) -> None:
+    for kind, names, known in (("task", tasks, TASKS), ("estimator", variants, VARIANTS)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise SpryError(f"no such {kind}: {', '.join(unknown)}. There are: {', '.join(known)}")
+    missing = [task for task in tasks if not (data / TASKS[task].data / "train.parquet").is_file()]
+    if missing:
+        raise SpryError(f"--data {data}: no folder {TASKS[missing[0]].data} with train.parquet and test.parquet in it")
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")

@@ -1,0 +1,90 @@
+"""Tables and the figure of `spry bench frontier`."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """A table a task: means over seeds, with the spread of accuracy."""
+    parts = []
+    for task, own in _by(rows, "task").items():
+        reference = (
+            mean(r["client_cpu_seconds"] for r in own if r["estimator"] == "backprop split")
+            if any(r["estimator"] == "backprop split" for r in own)
+            else None
+        )
+        lines = [
+            f"### {task}, {own[0]['model']}, {own[0]['rounds']} rounds",
+            "",
+            "| estimator | dial | seeds | accuracy | share of backprop's gain | client CPU seconds | x backprop split "
+            "| activation peak (MB) | up (MB) | down (MB) |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for found in _by(own, "estimator", "dial").values():
+            accuracies = [r["accuracy"] for r in found]
+            spread = f" ± {stdev(accuracies):.3f}" if len(found) > 1 else ""
+            shares = [r["share_recovered"] for r in found if r["share_recovered"] is not None]
+            cpu = mean(r["client_cpu_seconds"] for r in found)
+            lines.append(
+                f"| {found[0]['estimator']} | {found[0]['dial']} | {len(found)} | {mean(accuracies):.3f}{spread} "
+                f"| {f'{mean(shares):.2f}' if shares else ''} | {cpu:,.0f} "
+                f"| {f'{cpu / reference:.2f}' if reference else ''} "
+                f"| {max(r['activation_peak_bytes'] for r in found) / 1e6:.1f} "
+                f"| {mean(r['bytes_up'] for r in found) / 1e6:.1f} | {mean(r['bytes_down'] for r in found) / 1e6:.1f} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_frontier(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy against activation peak and against client compute: a curve for each estimator along its dial."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = _by(rows, "task")
+    if not tasks:
+        return
+    figure, axes = pyplot.subplots(len(tasks), 2, figsize=(11, 3.6 * len(tasks)), squeeze=False)
+    estimators = list(dict.fromkeys(row["estimator"] for row in rows))
+    colours = {name: f"C{i}" if i < 10 else pyplot.cm.tab20(i) for i, name in enumerate(estimators)}
+    quantities = (
+        ("activation_peak_bytes", 1e6, "activation peak (MB)"),
+        ("client_cpu_seconds", 1, "client CPU seconds"),
+    )
+    for line, (task, own) in zip(axes, tasks.items(), strict=True):
+        for axis, (key, unit, label) in zip(line, quantities, strict=True):
+            for name, found in _by(own, "estimator").items():
+                points = sorted(
+                    (mean(r[key] for r in same) / unit, mean(r["accuracy"] for r in same), same[0]["dial"])
+                    for same in _by(found, "dial").values()
+                )
+                axis.plot(
+                    [p[0] for p in points], [p[1] for p in points], "o-", color=colours[name], label=name, markersize=4
+                )
+                for x, y, dial in points:
+                    if len(points) > 1:
+                        axis.annotate(dial, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axis.set(xlabel=label, ylabel="accuracy", title=task, xscale="log")
+            axis.grid(alpha=0.3)
+    handles = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles[label] = handle
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.12 / len(tasks) + 0.02, 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _by(rows: Sequence[Row], *keys: str) -> dict[Any, list[Row]]:
+    found: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys)].append(row)
+    return found

@@ -1,0 +1,243 @@
+"""What `spry bench frontier` compares: tasks and estimators, each an explicit table of run settings.
+
+Every run of a task shares clients, rounds, seed by seed, and the number of tuning trials; an estimator's row
+changes what is its own. Learning rates are the best of an equal search on a part of the training data
+(`--tune`, docs/results/frontier-tuning.json).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = dict[str, Any]
+"""'part.key' = value."""
+
+SEEDS = (0, 1, 2)
+RATES = (1e-3, 3e-3, 1e-2)
+"""Local learning rates that are tried for every estimator."""
+TUNING_ROUNDS = 10
+CHUNK = "1MiB"
+"""Of every estimator alike: small enough that temporaries do not hide what an estimator keeps."""
+
+
+@dataclass(frozen=True)
+class FrontierTask:
+    """A task with everything that all estimators share.
+
+    Attributes:
+        data: folder below the data directory.
+        settings: of its runs.
+        public: settings of the public text that maps are fitted on; a path is below the data directory.
+        has_head: whether a head is trained, so that shares count from the head alone, not from the zero-shot prompt.
+        rate: local learning rate of all estimators where none was tuned.
+        hidden_bytes: of a hidden state of the largest batch, from which budgets are counted.
+    """
+
+    data: str
+    settings: Settings
+    public: Settings
+    has_head: bool
+    hidden_bytes: int
+    rate: float = 3e-3
+
+
+MINILM: Settings = {
+    "model.name": "builtin:minilm",
+    "model.dtype": "float32",
+    "data.max_tokens": 32,
+    "data.max_train_examples": 4800,
+    "data.max_test_examples": 1000,
+    "partition.num_clients": 200,
+    "partition.alpha": 1.0,
+    "partition.min_examples": 4,
+    "local.batch_size": 8,
+    "server.num_rounds": 40,
+    "server.cohort_size": 12,
+    "evaluation.every": 5,
+    "evaluation.batch_size": 100,
+}
+SMOLLM2: Settings = {
+    "model.name": "builtin:smollm2",
+    "model.dtype": "float32",
+    "task.kind": "prompted",
+    "adapter.alpha": 4.0,
+    "data.max_tokens": 48,
+    "data.max_train_examples": 3200,
+    "data.max_test_examples": 300,
+    "partition.num_clients": 400,
+    "partition.alpha": 1.0,
+    "partition.min_examples": 4,
+    "local.batch_size": 8,
+    "server.num_rounds": 60,
+    "server.cohort_size": 4,
+    "evaluation.every": 20,
+    "evaluation.batch_size": 50,
+}
+PAIRS: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["instruction", "response"], "guide.num_texts": 512}
+NEWS: Settings = {"guide.text": "ag_news", "guide.text_columns": ["text"], "guide.num_texts": 320}
+DOLLY: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["response"], "guide.num_texts": 320}
+
+TASKS: dict[str, FrontierTask] = {
+    "snli": FrontierTask(
+        "snli", MINILM | {"data.text_columns": ["premise", "hypothesis"]}, PAIRS, True, 8 * 32 * 384 * 4
+    ),
+    "mnli": FrontierTask(
+        "mnli", MINILM | {"data.text_columns": ["premise", "hypothesis"]}, PAIRS, True, 8 * 32 * 384 * 4
+    ),
+    "ag_news": FrontierTask("ag_news", MINILM | {"data.text_columns": ["text"]}, DOLLY, True, 8 * 32 * 384 * 4),
+    "sst2": FrontierTask("sst2", MINILM | {"data.text_columns": ["sentence"]}, NEWS, True, 8 * 32 * 384 * 4),
+    "prompted_sst2": FrontierTask(
+        "sst2",
+        SMOLLM2
+        | {
+            "data.text_columns": ["sentence"],
+            "task.template": "Review: {sentence}\nSentiment:",
+            "task.label_words": [" negative", " positive"],
+        },
+        NEWS,
+        False,
+        8 * 48 * 576 * 4,
+        rate=1e-3,
+    ),
+    "prompted_ag_news": FrontierTask(
+        "ag_news",
+        SMOLLM2
+        | {
+            "data.text_columns": ["text"],
+            "task.template": "News: {text}\nTopic:",
+            "task.label_words": [" World", " Sports", " Business", " Technology"],
+        },
+        DOLLY,
+        False,
+        8 * 48 * 576 * 4,
+        rate=1e-3,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An estimator at one setting of its dial.
+
+    Attributes:
+        dial: the setting, for tables and curves; empty where the estimator has none.
+        maps: whether it needs public text.
+        budget_states: of budgeted backprop: hidden states kept.
+        rates_of: the variant whose tuned learning rate it uses; its own by default.
+        encoder_only: tried with a trained head alone.
+    """
+
+    estimator: str
+    dial: str = ""
+    settings: Settings = field(default_factory=dict)
+    maps: bool = False
+    budget_states: int | None = None
+    rates_of: str | None = None
+    encoder_only: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.estimator} {self.dial}".strip()
+
+
+GUIDED: Settings = {"method.name": "spry_guided"}
+MAPS: Settings = GUIDED | {"guide.guess": "maps"}
+CHECKPOINTED: Settings = {"method.checkpointing": "per_layer"}
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            "head alone", "", {"method.name": "fedyogi", "adapter.kind": "head"}, rates_of="backprop", encoder_only=True
+        ),
+        Variant("backprop", "", {"method.name": "fedyogi"} | CHECKPOINTED),
+        Variant("backprop split", "", {"method.name": "fedyogi_split"} | CHECKPOINTED),
+        Variant(
+            "backprop split, budgeted",
+            "2 states",
+            {"method.name": "fedyogi_split", "method.checkpointing": "budgeted"},
+            budget_states=2,
+            rates_of="backprop split",
+        ),
+        Variant("guided maps", "h=0", MAPS, maps=True),
+        Variant("guess maps", "h=0", MAPS | {"guide.slopes": "none"}, maps=True),
+        Variant("guided identity", "h=0", GUIDED),
+        Variant("forward", "K=1", {"method.name": "spry"}),
+        Variant("zeroth order", "", {"method.name": "fedmezo"}),
+        Variant(
+            "guess maps",
+            "h=1",
+            MAPS | {"guide.slopes": "none", "guide.horizon": 1},
+            maps=True,
+            rates_of="guess maps h=0",
+        ),
+        Variant(
+            "guess maps",
+            "h=2",
+            MAPS | {"guide.slopes": "none", "guide.horizon": 2},
+            maps=True,
+            rates_of="guess maps h=0",
+        ),
+        Variant("guided maps", "h=2", MAPS | {"guide.horizon": 2}, maps=True, rates_of="guided maps h=0"),
+        Variant(
+            "guess maps",
+            "h=0, own token",
+            MAPS | {"guide.slopes": "none", "guide.across": False},
+            maps=True,
+            rates_of="guess maps h=0",
+        ),
+        Variant(
+            "guess maps",
+            "h=0, rank 1",
+            MAPS | {"guide.slopes": "none", "guide.rank": 1},
+            maps=True,
+            rates_of="guess maps h=0",
+        ),
+        Variant("guided identity", "h=2", GUIDED | {"guide.horizon": 2}, rates_of="guided identity h=0"),
+        Variant(
+            "forward, exact head",
+            "K=1",
+            {"method.name": "spry", "method.exact_head": True},
+            rates_of="forward K=1",
+            encoder_only=True,
+        ),
+        Variant("forward", "K=8", {"method.name": "spry", "method.num_tangents": 8}, rates_of="forward K=1"),
+        Variant("guided maps, momentum", "h=0", MAPS | {"guide.momentum": True}, maps=True, rates_of="guided maps h=0"),
+        Variant(
+            "forward, LoRA-XS",
+            "K=16=d",
+            {
+                "method.name": "spry",
+                "adapter.kind": "lora_xs",
+                "adapter.rank": 4,
+                "method.num_tangents": 16,
+                "method.distribution": "coordinate",
+                "method.tangents_per": "unit",
+                "method.exact_head": True,
+            },
+            encoder_only=True,
+        ),
+    )
+}
+
+
+def settings_of(task: FrontierTask, variant: Variant, data_folder: str, rate: float, seed: int) -> Settings:
+    """The settings of one run: the task's, then the variant's own."""
+    public = {}
+    if variant.maps:
+        public = task.public | {"guide.text": f"{data_folder}/{task.public['guide.text']}"}
+    budget = {}
+    if variant.budget_states is not None:
+        budget = {"method.budget": variant.budget_states * task.hidden_bytes}
+    adapter = {
+        k: v
+        for k, v in task.settings.items()
+        if k == "adapter.alpha" and variant.settings.get("adapter.kind", "lora") != "lora"
+    }
+    shared = {key: value for key, value in task.settings.items() if key not in adapter}
+    fixed = {
+        "seed": seed,
+        "data.name": f"{data_folder}/{task.data}",
+        "local.learning_rate": rate,
+        "method.chunk": CHUNK,
+    }
+    return shared | public | budget | variant.settings | fixed
