@@ -11,8 +11,10 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spryfl.config import RunConfig
+from spryfl.data.classification import Batch
 from spryfl.data.public_text import load_public_text
 from spryfl.errors import DataError
 from spryfl.federated.client import loaded
@@ -22,8 +24,9 @@ from spryfl.gradients.estimator import Loss
 from spryfl.gradients.guesses import BackwardMap, MapGuess, maps_from, tensors_of
 from spryfl.models.fingerprint import base_fingerprint
 from spryfl.models.layers import layer_calls
+from spryfl.models.loading import AdaptedModel
 from spryfl.models.map_file import read_maps
-from spryfl.workbench import Workbench
+from spryfl.workbench import Encode, Task, Workbench
 
 BATCH = 16
 HELD_OUT = 4  # batches
@@ -33,23 +36,38 @@ FIRST_COSINE = "first_cosine"
 
 @dataclass(frozen=True)
 class MapKeeper:
-    """Keeps the maps of a run's state."""
+    """Keeps the maps of a run's state.
 
-    bench: Workbench
+    Attributes:
+        config: the run's.
+        adapted: the server's model.
+        task: makes losses of batches; encode: tokenizes rows for it.
+        num_labels: among which random labels are drawn.
+    """
+
+    config: RunConfig
+    adapted: AdaptedModel
+    task: Task
+    encode: Encode
+    num_labels: int
+
+    @classmethod
+    def of(cls, bench: Workbench) -> "MapKeeper":
+        return cls(bench.config, bench.adapted, bench.task, bench.encode, bench.num_labels)
 
     def start(self, state: FederatedState) -> FederatedState:
         """The state with maps, if it has none yet and the run needs them."""
-        guide = self.bench.config.guide
-        if state.maps or guide.guess != "maps" or self.bench.config.method.own_estimator != "guided":
+        guide = self.config.guide
+        if state.maps or guide.guess != "maps" or self.config.method.own_estimator != "guided":
             return state
         if guide.maps is None:
             return self._fitted(state)
-        maps = read_maps(Path(guide.maps).expanduser(), base_fingerprint(self.bench.config.model), guide.horizon)
+        maps = read_maps(Path(guide.maps).expanduser(), base_fingerprint(self.config.model), guide.horizon)
         return self._with_cosine(replace(state, maps=maps)) if guide.text else replace(state, maps=maps)
 
     def keep(self, state: FederatedState) -> tuple[FederatedState, float | None, bool]:
         """The state after a round, its maps' mean cosine if it was due, and whether they were fitted anew."""
-        guide = self.bench.config.guide
+        guide = self.config.guide
         if not state.maps or guide.text is None or state.round % guide.check_every:
             return state, None, False
         cosine = self.cosine(state)
@@ -62,13 +80,13 @@ class MapKeeper:
         self, values: dict[str, Tensor], progress: Callable[[int], None] = lambda done: None
     ) -> dict[int, BackwardMap]:
         """Maps fitted on the public text with these values."""
-        model, losses = self.bench.adapted.model, self._losses[: -self._num_held_out]
+        model, losses = self.adapted.model, self._losses[: -self._num_held_out]
         with loaded(model, values):
             return fit_backward_maps(model, losses, layer_calls(model), self.settings, progress)
 
     @property
     def settings(self) -> MapSettings:
-        guide = self.bench.config.guide
+        guide = self.config.guide
         return MapSettings(guide.horizon, guide.rank, guide.across, guide.ridge)
 
     @property
@@ -83,7 +101,7 @@ class MapKeeper:
 
     def quality(self, values: dict[str, Tensor], maps: dict[int, BackwardMap]) -> dict[int, float]:
         """The mean cosine over held-out batches, by layer."""
-        model, losses = self.bench.adapted.model, self._losses[-self._num_held_out :]
+        model, losses = self.adapted.model, self._losses[-self._num_held_out :]
         with loaded(model, values):
             return guess_quality(model, losses, layer_calls(model), self.settings.horizon, MapGuess(maps))
 
@@ -96,22 +114,18 @@ class MapKeeper:
     @cached_property
     def _losses(self) -> Sequence[Loss]:
         """One a batch of public text."""
-        bench = self.bench
-        rows = bench.encode(
-            load_public_text(bench.config.guide, bench.config.data, bench.num_labels, bench.config.seed)
-        )
+        guide = self.config.guide
+        rows = self.encode(load_public_text(guide, self.config.data, self.num_labels, self.config.seed))
         if len(rows) < 2:
-            raise DataError(
-                f"guide.text = '{bench.config.guide.text}': two texts at least: one is held out from the fit"
-            )
+            raise DataError(f"guide.text = '{guide.text}': two texts at least, as one is held out from the fit")
         size = min(BATCH, len(rows) // 2)
         batches = [range(start, start + size) for start in range(0, len(rows) - size + 1, size)]
-        return [partial(_loss, bench, bench.task.batch(rows, list(batch))) for batch in batches]
+        return [partial(_loss, self.task, self.task.batch(rows, list(batch))) for batch in batches]
 
     @property
     def _num_held_out(self) -> int:
         return min(HELD_OUT, max(1, len(self._losses) // 8))
 
 
-def _loss(bench: Workbench, batch: dict[str, Tensor], model: torch.nn.Module) -> Tensor:
-    return bench.task.loss(model, batch)
+def _loss(task: Task, batch: Batch, model: nn.Module) -> Tensor:
+    return task.loss(model, batch)

@@ -40,7 +40,7 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     bench = Workbench.from_config(config)
-    keeper = MapKeeper(bench)
+    keeper = MapKeeper.of(bench)
     state = directory.read_checkpoint() or keeper.start(bench.initial_state())
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
     for observer in observers:

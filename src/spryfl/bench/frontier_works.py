@@ -1,8 +1,8 @@
 """What `spry bench frontier` compares: tasks and estimators, each an explicit table of run settings.
 
-Every run of a task shares clients, rounds, seed by seed, and the number of tuning trials; an estimator's row
-changes what is its own. Learning rates are the best of an equal search on a part of the training data
-(`--tune`, docs/results/frontier-tuning.json).
+Every run of a task shares clients and rounds, seed by seed; an estimator's row changes what is its own. Learning
+rates are the best of an equal search on a part of the training data (`--tune`, frontier-tuning.json), one for each
+kind of estimator: exact, guided, random directions, finite differences.
 """
 
 from dataclasses import dataclass, field
@@ -90,8 +90,8 @@ TASKS: dict[str, FrontierTask] = {
         SMOLLM2
         | {
             "data.text_columns": ["sentence"],
-            "task.template": "Review: {sentence}\nSentiment:",
-            "task.label_words": [" negative", " positive"],
+            "task.template": "{sentence} It was",
+            "task.label_words": [" terrible", " great"],
         },
         NEWS,
         False,
@@ -103,7 +103,7 @@ TASKS: dict[str, FrontierTask] = {
         SMOLLM2
         | {
             "data.text_columns": ["text"],
-            "task.template": "News: {text}\nTopic:",
+            "task.template": "{text}\nTopic:",
             "task.label_words": [" World", " Sports", " Business", " Technology"],
         },
         DOLLY,
@@ -150,17 +150,17 @@ VARIANTS: dict[str, Variant] = {
             "head alone", "", {"method.name": "fedyogi", "adapter.kind": "head"}, rates_of="backprop", encoder_only=True
         ),
         Variant("backprop", "", {"method.name": "fedyogi"} | CHECKPOINTED),
-        Variant("backprop split", "", {"method.name": "fedyogi_split"} | CHECKPOINTED),
+        Variant("backprop split", "", {"method.name": "fedyogi_split"} | CHECKPOINTED, rates_of="backprop"),
         Variant(
             "backprop split, budgeted",
             "2 states",
             {"method.name": "fedyogi_split", "method.checkpointing": "budgeted"},
             budget_states=2,
-            rates_of="backprop split",
+            rates_of="backprop",
         ),
-        Variant("guided maps", "h=0", MAPS, maps=True),
+        Variant("guided maps", "h=0", MAPS, maps=True, rates_of="guess maps h=0"),
         Variant("guess maps", "h=0", MAPS | {"guide.slopes": "none"}, maps=True),
-        Variant("guided identity", "h=0", GUIDED),
+        Variant("guided identity", "h=0", GUIDED, rates_of="guess maps h=0"),
         Variant("forward", "K=1", {"method.name": "spry"}),
         Variant("zeroth order", "", {"method.name": "fedmezo"}),
         Variant(
@@ -177,7 +177,7 @@ VARIANTS: dict[str, Variant] = {
             maps=True,
             rates_of="guess maps h=0",
         ),
-        Variant("guided maps", "h=2", MAPS | {"guide.horizon": 2}, maps=True, rates_of="guided maps h=0"),
+        Variant("guided maps", "h=2", MAPS | {"guide.horizon": 2}, maps=True, rates_of="guess maps h=0"),
         Variant(
             "guess maps",
             "h=0, own token",
@@ -192,7 +192,7 @@ VARIANTS: dict[str, Variant] = {
             maps=True,
             rates_of="guess maps h=0",
         ),
-        Variant("guided identity", "h=2", GUIDED | {"guide.horizon": 2}, rates_of="guided identity h=0"),
+        Variant("guided identity", "h=2", GUIDED | {"guide.horizon": 2}, rates_of="guess maps h=0"),
         Variant(
             "forward, exact head",
             "K=1",
@@ -201,7 +201,7 @@ VARIANTS: dict[str, Variant] = {
             encoder_only=True,
         ),
         Variant("forward", "K=8", {"method.name": "spry", "method.num_tangents": 8}, rates_of="forward K=1"),
-        Variant("guided maps, momentum", "h=0", MAPS | {"guide.momentum": True}, maps=True, rates_of="guided maps h=0"),
+        Variant("guided maps, momentum", "h=0", MAPS | {"guide.momentum": True}, maps=True, rates_of="guess maps h=0"),
         Variant(
             "forward, LoRA-XS",
             "K=16=d",
@@ -214,6 +214,7 @@ VARIANTS: dict[str, Variant] = {
                 "method.tangents_per": "unit",
                 "method.exact_head": True,
             },
+            rates_of="forward K=1",
             encoder_only=True,
         ),
     )

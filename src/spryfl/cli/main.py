@@ -8,6 +8,7 @@ import typer
 
 from spryfl.cli.bench import bench
 from spryfl.cli.check import check
+from spryfl.cli.fit_maps import fit_maps
 from spryfl.cli.init import init
 from spryfl.cli.list import list_
 from spryfl.cli.plan import plan
@@ -27,6 +28,7 @@ app.command("check")(check)
 app.command("plan")(plan)
 app.command("list")(list_)
 app.command("quantize")(quantize)
+app.command("fit-maps")(fit_maps)
 app.add_typer(bench, name="bench")
 
 BAD_INPUT = 2
