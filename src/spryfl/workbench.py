@@ -197,7 +197,7 @@ class Workbench:
             upload=config.method.upload or method.upload,
             training=self.training,
             fit=None if self.client_memory is None else self.client_memory.fit,
-            places={} if config.guide.guess != "maps" else places_of(self.adapted),
+            places={} if config.guide.guess != "maps" else self.places,
             momentum=config.method.own_estimator == "guided" and config.guide.momentum,
             server=ServerUpdate(
                 kind=server,
@@ -224,6 +224,16 @@ class Workbench:
             shrinkage=config.method.shrinkage,
             chunk_bytes=config.method.chunk,
         )
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """Unit -> the places, in the order of calls from 0, of the layers it lies in; none for the head."""
+        own = [set(layer.parameters()) for layer in layer_calls(self.adapted.model)]
+        found = {}
+        for unit in self.adapted.units:
+            parameters = {self.adapted.model.get_parameter(name) for name in unit.parameters}
+            found[unit.name] = tuple(place for place, inside in enumerate(own) if inside & parameters)
+        return found
 
     @cached_property
     def estimator(self) -> GradientEstimator:
@@ -270,13 +280,3 @@ class Workbench:
             self.adapted.model.get_parameter(name).data = value  # the masters, whatever the model computes in
         self.adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
         self.adapted.tokenizer.save_pretrained(str(folder))
-
-
-def places_of(adapted: AdaptedModel) -> dict[str, tuple[int, ...]]:
-    """Unit -> the places, in the order of calls from 0, of the layers it lies in; none for the head."""
-    own = [set(layer.parameters()) for layer in layer_calls(adapted.model)]
-    found = {}
-    for unit in adapted.units:
-        parameters = {adapted.model.get_parameter(name) for name in unit.parameters}
-        found[unit.name] = tuple(place for place, inside in enumerate(own) if inside & parameters)
-    return found

@@ -49,7 +49,7 @@ def collect(out: Path) -> list[Row]:
 
 
 def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, say: Progress) -> dict[str, Any]:
-    """Try each local learning rate for a few rounds on a part of the training data; keep the best of each.
+    """Try each learning rate of the server for a few rounds on a part of the training data; keep the best of each.
 
     Every variant that does not borrow another's rate gets the same trials.
     """
@@ -64,7 +64,7 @@ def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, s
             for rate in RATES:
                 if str(rate) in trials:
                     continue
-                say(f"tuning {task}, {name}, local.learning_rate {rate}")
+                say(f"tuning {task}, {name}, server.learning_rate {rate}")
                 config = _tuning_config(task, variant, data, rate)
                 folder = out / "tuning" / task / f"{_slug(name)}-{rate}"
                 trials[str(rate)] = _run(config, folder).accuracy
@@ -133,7 +133,7 @@ def _finished(out: Path, task: str, name: str) -> Iterator[Row]:
             "bytes_up": summary.bytes_up,
             "bytes_down": summary.bytes_down,
             "map_fits": summary.num_map_fits,
-            "learning_rate": config.local.learning_rate,
+            "learning_rate": config.server.learning_rate,
             "curve": [
                 [event.round, event.accuracy, sum(e.client_cpu_seconds for e in steps if e.round <= event.round)]
                 for event in events

@@ -13,7 +13,7 @@ Settings = dict[str, Any]
 
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 3e-3, 1e-2)
-"""Local learning rates that are tried for every estimator."""
+"""The server's learning rates that are tried for every estimator."""
 TUNING_ROUNDS = 10
 CHUNK = "1MiB"
 """Of every estimator alike: small enough that temporaries do not hide what an estimator keeps."""
@@ -28,7 +28,7 @@ class FrontierTask:
         settings: of its runs.
         public: settings of the public text that maps are fitted on; a path is below the data directory.
         has_head: whether a head is trained, so that shares count from the head alone, not from the zero-shot prompt.
-        rate: local learning rate of all estimators where none was tuned.
+        rate: the server's learning rate of all estimators where none was tuned.
         hidden_bytes: of a hidden state of the largest batch, from which budgets are counted.
     """
 
@@ -37,25 +37,31 @@ class FrontierTask:
     public: Settings
     has_head: bool
     hidden_bytes: int
-    rate: float = 3e-3
+    rate: float = 1e-2
 
 
-MINILM: Settings = {
+SERVER: Settings = {
+    "local.optimizer": "sgd",
+    "local.learning_rate": 0.1,
+    "server.optimizer": "adam",
+    "server.tau": 1e-6,
+}
+"""Plain steps on clients, Adam on the server: its moments live through all rounds, as a central run's do."""
+MINILM: Settings = SERVER | {
     "model.name": "builtin:minilm",
     "model.dtype": "float32",
     "data.max_tokens": 32,
     "data.max_train_examples": 4800,
     "data.max_test_examples": 1000,
     "partition.num_clients": 200,
-    "partition.alpha": 1.0,
-    "partition.min_examples": 4,
+    "partition.kind": "iid",
     "local.batch_size": 8,
     "server.num_rounds": 40,
     "server.cohort_size": 12,
     "evaluation.every": 5,
     "evaluation.batch_size": 100,
 }
-SMOLLM2: Settings = {
+SMOLLM2: Settings = SERVER | {
     "model.name": "builtin:smollm2",
     "model.dtype": "float32",
     "task.kind": "prompted",
@@ -64,8 +70,7 @@ SMOLLM2: Settings = {
     "data.max_train_examples": 3200,
     "data.max_test_examples": 300,
     "partition.num_clients": 400,
-    "partition.alpha": 1.0,
-    "partition.min_examples": 4,
+    "partition.kind": "iid",
     "local.batch_size": 8,
     "server.num_rounds": 60,
     "server.cohort_size": 4,
@@ -238,7 +243,7 @@ def settings_of(task: FrontierTask, variant: Variant, data_folder: str, rate: fl
     fixed = {
         "seed": seed,
         "data.name": f"{data_folder}/{task.data}",
-        "local.learning_rate": rate,
+        "server.learning_rate": rate,
         "method.chunk": CHUNK,
     }
     return shared | public | budget | variant.settings | fixed

@@ -70,6 +70,7 @@ def frontier(
     task: Annotated[list[str] | None, typer.Option(help="Only these tasks; --task list names them.")] = None,
     estimator: Annotated[list[str] | None, typer.Option(help="Only these; --estimator list names them.")] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, max=2, help="Only these seeds of 0, 1, 2.")] = None,
+    quality: Annotated[bool, typer.Option("--quality", help="Measure gradients by layer, after the runs.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Search learning rates, an equal search for each.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     out: Annotated[
@@ -81,6 +82,7 @@ def frontier(
     from spryfl.bench.frontier import tune as tune_rates
     from spryfl.bench.frontier_report import as_markdown, plot_frontier
     from spryfl.bench.frontier_works import SEEDS, TASKS, VARIANTS
+    from spryfl.bench.gradient_quality import measure_quality, quality_markdown
 
     for asked, known in ((task, TASKS), (estimator, VARIANTS)):
         if asked == ["list"]:
@@ -91,6 +93,12 @@ def frontier(
     tasks, variants = task or list(TASKS), estimator or list(VARIANTS)
     if tune:
         print(json.dumps(tune_rates(tasks, variants, data, out, say), indent=2))
+        return
+    if quality:
+        measured = [row for name in tasks for row in measure_quality(name, data, out)]
+        (out / "gradient-quality.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        (out / "gradient-quality.md").write_text(quality_markdown(measured), encoding="utf-8")
+        print(json.dumps(measured, indent=1) if as_json else quality_markdown(measured))
         return
     rows = run_frontier(tasks, variants, seed or SEEDS, data, out, say)
     table = as_markdown(rows)

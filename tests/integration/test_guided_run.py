@@ -1,0 +1,276 @@
+"""Whole runs along guided tangents: maps sent, kept up and stored; maps for a prompt; bad input."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import load_file
+
+from prompted import TEMPLATE, WORDS, save_decoder
+from spryfl.cli.main import main
+from spryfl.config import RunConfig, parse_config, with_overrides
+from spryfl.data.public_text import load_public_text
+from spryfl.errors import ConfigError, DataError, ModelError
+from spryfl.federated.client import loaded
+from spryfl.federated.rounds import FederatedState, run_round
+from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.directions import DirectionStream
+from spryfl.gradients.forward import ForwardGradient
+from spryfl.gradients.guesses import maps_for
+from spryfl.gradients.guided import GuidedGradient
+from spryfl.map_keeper import FIRST_COSINE, MapKeeper
+from spryfl.runtime.in_process import InProcessRuntime
+from spryfl.suite import resume_suite, run_suite
+from spryfl.tracking.run_directory import RunDirectory
+from spryfl.workbench import Workbench
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("public") / "public.txt"
+    nouns, tones = ("film", "plot", "cast"), ("good", "bad", "great", "poor", "fine", "awful")
+    path.write_text("\n".join(f"a {noun} is {tone}" for noun in nouns for tone in tones for _ in range(4)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder("llama", tmp_path_factory.mktemp("decoder"), tied=True)
+
+
+def spry(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["spry", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guide__slopes": "none"},
+        {"guide__slopes": "tensor", "guide__momentum": True},
+        {"guide__explore": True, "guide__horizon": 1},
+        {"method__name": "fedyogi", "method__estimator": "guided"},
+        {"method__name": "spry", "method__exact_head": True},
+    ],
+    ids=str,
+)
+def test_settings_run(settings: dict[str, Any], tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (summary,) = run_suite(tiny_config(**{"method__name": "spry_guided"} | settings), tmp_path / "run")
+    assert summary.num_failures == summary.num_refused == 0
+    everything = 4 * summary.trainable_parameters + 8
+    momentum = settings.get("guide__momentum", False)
+    assert (summary.bytes_down_per_client_round > everything) == momentum
+
+
+def test_clients_are_sent_their_layers_maps_and_the_report_counts_them(
+    tiny_config: Callable[..., RunConfig], public: Path
+) -> None:
+    """The top layer needs none; a client of the lowest layer is sent the basis and that layer's map."""
+    config = tiny_config(method__name="spry_guided", guide__guess="maps", guide__text=str(public))
+    bench = Workbench.from_config(config)
+    keeper = MapKeeper.of(bench)
+    state = keeper.start(bench.initial_state())
+    assert set(state.maps) == {"basis", "0/own", "0/across", FIRST_COSINE}
+    assert maps_for(state.maps, {1}) == {}
+    own = sum(tensor.nbytes for tensor in maps_for(state.maps, {0}).values())
+    assert own == sum(state.maps[name].nbytes for name in ("basis", "0/own", "0/across"))
+    runtime = InProcessRuntime(bench.client, bench.batch_tokens)
+    _, report = run_round(state, bench.federation, runtime)
+    without = 3 * (4 * bench.adapted.num_trainable + 8)
+    assert not report.failures
+    assert (report.bytes_down - without) % own == 0
+    assert own <= report.bytes_down - without <= 3 * own
+
+
+def test_maps_are_fitted_again_by_the_rule_and_kept_across_an_interruption(
+    tiny_config: Callable[..., RunConfig], public: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        method__name="spry_guided",
+        guide__guess="maps",
+        guide__text=str(public),
+        guide__check_every=1,
+        guide__refit_below=1.0,
+        local__learning_rate=0.05,
+    )
+    (summary,) = run_suite(config, tmp_path / "whole")
+    events = RunDirectory(tmp_path / "whole").read_events()
+    assert summary.num_map_fits == sum(event.maps_fitted for event in events) >= 1
+    assert all(event.guess_cosine is not None for event in events[1:])
+
+    class Stop:
+        def started(self, *_: object) -> None: ...
+        def before_client(self) -> None: ...
+        def finished(self, *_: object) -> None: ...
+        def round_finished(self, event: Any) -> None:
+            if event.round == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(config, tmp_path / "cut", lambda directory: [Stop()])
+    resume_suite(RunDirectory(tmp_path / "cut"))
+    ours, theirs = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "cut"))
+    assert any(name.startswith("maps/") for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_maps_hold_while_nothing_drifts(tiny_config: Callable[..., RunConfig], public: Path) -> None:
+    config = tiny_config(method__name="spry_guided", guide__guess="maps", guide__text=str(public), guide__check_every=2)
+    bench = Workbench.from_config(config)
+    keeper = MapKeeper.of(bench)
+    state = keeper.start(bench.initial_state())
+    same, cosine, fitted = keeper.keep(state)  # round 0 is due, and nothing has been trained
+    assert same is state
+    assert not fitted
+    assert cosine == pytest.approx(float(state.maps[FIRST_COSINE]))
+
+
+def test_the_guess_is_nearer_the_gradient_than_random_tangents_on_a_trained_model(
+    tiny_config: Callable[..., RunConfig], public: Path, tmp_path: Path
+) -> None:
+    trained = tiny_config(method__name="fedavg", local__learning_rate=0.02, server__num_rounds=5)
+    run_suite(trained, tmp_path / "trained")
+    state = RunDirectory(tmp_path / "trained").read_checkpoint()
+    assert state is not None
+    config = tiny_config(method__name="spry_guided", guide__guess="maps", guide__text=str(public))
+    bench = Workbench.from_config(config)
+    state = MapKeeper.of(bench).start(state)
+    cosines = gradient_cosines(bench, state)
+    assert min(cosines["guided"], cosines["guided maps"]) > 3 * cosines["forward"], cosines
+
+
+def gradient_cosines(bench: Workbench, state: FederatedState) -> dict[str, float]:
+    """Of the lowest layer's estimated and true gradients, the mean over clients."""
+    guided = bench.estimator
+    assert isinstance(guided, GuidedGradient)
+    estimators = {
+        "forward": ForwardGradient(),
+        "guided": guided,
+        "guided maps": guided.guided_by(maps_for(state.maps, {0}), {}),
+    }
+    names = [name for name, _ in bench.adapted.model.named_parameters() if ".layer.0." in name and "lora_B" in name]
+    found: dict[str, list[float]] = {name: [] for name in estimators}
+    with loaded(bench.adapted.model, state.values):
+        for client in range(len(bench.partition)):
+            data = bench.client(client).data
+            batch = data.batch(range(len(data)))
+            true = torch.cat([g.flatten() for g in gradient(Backprop(), bench, data, batch, names, client)])
+            for name, estimator in estimators.items():
+                own = torch.cat([g.flatten() for g in gradient(estimator, bench, data, batch, names, client)])
+                found[name].append(abs(float(torch.nn.functional.cosine_similarity(own, true, dim=0))))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def gradient(estimator: Any, bench: Workbench, data: Any, batch: Any, names: list[str], client: int) -> Any:
+    draw = DirectionStream(0, 1, client).at_step(0)
+    return estimator.estimate(bench.adapted.model, lambda m: data.loss(m, batch), names, draw, 1).gradients.values()
+
+
+# Maps for a prompt, fitted once.
+
+
+def fit(monkeypatch: pytest.MonkeyPatch, model: Path, public: Path, out: Path, *more: object) -> int:
+    words = [option for word in WORDS for option in ("--word", word)]
+    return spry(
+        monkeypatch,
+        "fit-maps",
+        model,
+        "--text",
+        public,
+        "--prompt",
+        TEMPLATE,
+        *words,
+        "--tokens",
+        48,
+        "--out",
+        out,
+        *more,
+    )
+
+
+def test_fit_maps_then_train_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    decoder: Path,
+    public: Path,
+    tiny_table: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    maps = tmp_path / "maps.safetensors"
+    assert fit(monkeypatch, decoder, public, maps) == 0
+    out, _ = capsys.readouterr()
+    assert "kB a layer" in out
+    task = {"kind": "prompted", "template": TEMPLATE, "label_words": WORDS}
+    changed = {
+        "model.name": str(decoder),
+        "data.max_tokens": 48,
+        "task": task,
+        "method.name": "spry_guided",
+        "guide": {"guess": "maps", "maps": str(maps)},
+    }
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(with_overrides(tiny_table, changed)))
+    assert spry(monkeypatch, "run", path, "--out", tmp_path / "run", "--json") == 0
+    out, _ = capsys.readouterr()
+    summary = json.loads(out)
+    assert summary["num_failures"] == 0
+    assert summary["bytes_down_per_client_round"] > 4 * summary["trainable_parameters"] + 8
+
+    # Another base model of the same shape, and another horizon.
+    other = save_decoder("llama", tmp_path / "other", tied=True, dtype=torch.bfloat16)
+    capsys.readouterr()
+    for override in (f"model.name={other}", "guide.horizon=1"):
+        assert spry(monkeypatch, "run", path, "--out", tmp_path / override[:5], "--set", override) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert ("another base model" if "name" in override else "guide.horizon = 0, not 1") in err
+
+
+def test_a_map_file_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    path = tmp_path / "maps.safetensors"
+    path.write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="spry fit-maps"):
+        run_suite(tiny_config(method__name="spry_guided", guide__guess="maps", guide__maps=str(path)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guide": {"guess": "maps"}}, "needs maps .* or text"),
+        ({"guide": {"text": "x.txt"}}, "belong to guess = 'maps'"),
+        ({"guide": {"momentum": True}, "server": {"optimizer": "sgd"}}, "keeps no momentum"),
+        ({"method": {"name": "spry_guided", "upload": "slopes"}}, "directions are not drawn from a seed"),
+        ({"method": {"name": "spry_per_iteration", "exact_head": True}}, "cannot be rebuilt from slopes"),
+        ({"guide": {"horizont": 1}}, "Did you mean 'horizon'"),
+    ],
+)
+def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(settings)
+
+
+def test_public_text(tiny_config: Callable[..., RunConfig], public: Path, tmp_path: Path) -> None:
+    data = tiny_config().data
+    guide = tiny_config(method__name="spry_guided", guide__guess="maps", guide__text=str(public)).guide
+    rows = load_public_text(guide, data, 3, seed=0)
+    assert set(rows[data.label_column]) == {0, 1, 2}
+    assert len(rows) == 72
+    pairs = load_public_text(guide, data.model_copy(update={"text_columns": ("a", "b")}), 3, seed=0)
+    assert len(pairs) == 36
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for text, message in ((str(empty), "no text in it"), (str(tmp_path / "none"), "no such file")):
+        with pytest.raises(DataError, match=message):
+            load_public_text(guide.model_copy(update={"text": text}), data, 3, seed=0)
+    wrong = guide.model_copy(update={"text_columns": ("a", "b")})
+    with pytest.raises(DataError, match="2 columns, but the task has 1"):
+        load_public_text(wrong, data, 3, seed=0)
