@@ -56,7 +56,7 @@ MINILM: Settings = SERVER | {
     "partition.num_clients": 200,
     "partition.kind": "iid",
     "local.batch_size": 8,
-    "server.num_rounds": 40,
+    "server.num_rounds": 30,
     "server.cohort_size": 12,
     "evaluation.every": 5,
     "evaluation.batch_size": 100,
@@ -68,18 +68,18 @@ SMOLLM2: Settings = SERVER | {
     "adapter.alpha": 4.0,
     "data.max_tokens": 48,
     "data.max_train_examples": 3200,
-    "data.max_test_examples": 300,
+    "data.max_test_examples": 200,
     "partition.num_clients": 400,
     "partition.kind": "iid",
     "local.batch_size": 8,
-    "server.num_rounds": 60,
+    "server.num_rounds": 30,
     "server.cohort_size": 4,
-    "evaluation.every": 20,
+    "evaluation.every": 10,
     "evaluation.batch_size": 50,
 }
 PAIRS: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["instruction", "response"], "guide.num_texts": 512}
-NEWS: Settings = {"guide.text": "ag_news", "guide.text_columns": ["text"], "guide.num_texts": 320}
-DOLLY: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["response"], "guide.num_texts": 320}
+NEWS: Settings = {"guide.text": "ag_news", "guide.text_columns": ["text"], "guide.num_texts": 160}
+DOLLY: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["response"], "guide.num_texts": 160}
 
 TASKS: dict[str, FrontierTask] = {
     "snli": FrontierTask(
@@ -101,7 +101,7 @@ TASKS: dict[str, FrontierTask] = {
         NEWS,
         False,
         8 * 48 * 576 * 4,
-        rate=1e-3,
+        rate=2e-3,
     ),
     "prompted_ag_news": FrontierTask(
         "ag_news",
@@ -114,7 +114,7 @@ TASKS: dict[str, FrontierTask] = {
         DOLLY,
         False,
         8 * 48 * 576 * 4,
-        rate=1e-3,
+        rate=2e-3,
     ),
 }
 

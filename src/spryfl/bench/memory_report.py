@@ -109,7 +109,7 @@ def plot_growth(rows: Sequence[Row], path: Path) -> None:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, ncols=2)
+        axes.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     FigureCanvasAgg(figure).print_png(str(path))
 
 
