@@ -205,5 +205,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     parts: dict[str, Any] = {
         "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
         "data": config.data.model_copy(update={"name": absolute(config.data.name)}),
+        "guide": config.guide.model_copy(
+            update={key: absolute(name) for key in ("maps", "text") if (name := getattr(config.guide, key)) is not None}
+        ),
     }
     return config.model_copy(update=parts)

@@ -268,7 +268,11 @@ def test_public_text(tiny_config: Callable[..., RunConfig], public: Path, tmp_pa
     assert len(pairs) == 36
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    for text, message in ((str(empty), "no text in it"), (str(tmp_path / "none"), "no such file")):
+    for text, message in (
+        (str(empty), "no text in it"),
+        (str(tmp_path / "none.txt"), "no such file"),
+        ("builtin:nothing", "unknown built-in"),
+    ):
         with pytest.raises(DataError, match=message):
             load_public_text(guide.model_copy(update={"text": text}), data, 3, seed=0)
     wrong = guide.model_copy(update={"text_columns": ("a", "b")})

@@ -52,7 +52,7 @@ def load_rows(config: DataConfig, seed: int) -> LabelledRows:
         DataError: missing files, columns or splits; labels that are not class numbers.
     """
     with quietly():
-        splits = _load_splits(config)
+        splits = load_splits(config)
         train, test = _train_and_test(splits, config, seed)
         columns = [*config.text_columns, config.label_column]
         for split, rows in (("train", train), ("test", test)):
@@ -63,7 +63,8 @@ def load_rows(config: DataConfig, seed: int) -> LabelledRows:
     return LabelledRows(train, test, len(names), names)
 
 
-def _load_splits(config: DataConfig) -> Mapping[str, Dataset]:
+def load_splits(config: DataConfig) -> Mapping[str, Dataset]:
+    """The splits of a dataset by name, unchecked: built-in, a file or folder, or from the hub."""
     if config.name.startswith(PREFIX):
         builtin = find_dataset(config.name)
         splits = _read_files(builtin.files, config)

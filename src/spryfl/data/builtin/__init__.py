@@ -23,6 +23,9 @@ class BuiltinDataset:
 
 BUILTIN_DATASETS = {
     "movie_reviews": BuiltinDataset("movie_reviews", "10,070 movie-review snippets, negative or positive"),
+    "product_reviews": BuiltinDataset("product_reviews", "2,966 sentences of product reviews, negative or positive"),
+    "tweets": BuiltinDataset("tweets", "3,278 tweets, negative or positive"),
+    "editorials": BuiltinDataset("editorials", "2,928 sentences of editorials, negative or positive"),
     "sentiment_by_domain": BuiltinDataset(
         None, "19,242 sentences from movie reviews, tweets, product reviews and editorials; column domain"
     ),
