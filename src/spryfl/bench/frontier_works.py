@@ -15,8 +15,6 @@ SEEDS = (0, 1, 2)
 RATES = (1e-3, 3e-3, 1e-2)
 """The server's learning rates that are tried for every estimator."""
 TUNING_ROUNDS = 10
-CHUNK = "1MiB"
-"""Of every estimator alike: small enough that temporaries do not hide what an estimator keeps."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ SERVER: Settings = {
 """Plain steps on clients, Adam on the server: its moments live through all rounds, as a central run's do."""
 MINILM: Settings = SERVER | {
     "model.name": "builtin:minilm",
+    "method.chunk": "4MiB",  # of every estimator alike: all but plain backprop stay below 1.5 x stock inference
     "model.dtype": "float32",
     "data.max_tokens": 32,
     "data.max_train_examples": 4800,
@@ -63,6 +62,7 @@ MINILM: Settings = SERVER | {
 }
 SMOLLM2: Settings = SERVER | {
     "model.name": "builtin:smollm2",
+    "method.chunk": "8MiB",
     "model.dtype": "float32",
     "task.kind": "prompted",
     "adapter.alpha": 4.0,
@@ -244,6 +244,5 @@ def settings_of(task: FrontierTask, variant: Variant, data_folder: str, rate: fl
         "seed": seed,
         "data.name": f"{data_folder}/{task.data}",
         "server.learning_rate": rate,
-        "method.chunk": CHUNK,
     }
     return shared | public | budget | variant.settings | fixed
