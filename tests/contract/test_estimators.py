@@ -10,7 +10,9 @@ from families import autograd_gradient, batch_loss, build, padded_batch, trainab
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes
+from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.forward import ForwardGradient, loss_and_slopes
+from spryfl.gradients.guided import GuidedGradient
 from spryfl.gradients.tangents import Draw
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.layers import layer_calls
@@ -23,7 +25,14 @@ ESTIMATORS: dict[str, Callable[[], GradientEstimator]] = {
     "backprop": Backprop,
     "backprop, checkpointed": lambda: Backprop("per_layer", layer_calls),
     "backprop, budgeted": lambda: Backprop("budgeted", layer_calls, 3 * 9 * 32 * 8),
+    "guided": lambda: GuidedGradient(layer_calls),
+    "guided, exploring": lambda: GuidedGradient(layer_calls, slopes_per="tensor", explore=True),
+    "guided, the guess alone": lambda: GuidedGradient(layer_calls, slopes_per="none"),
+    "forward, exact head": lambda: ExactHead(ForwardGradient(), layer_calls, HEAD),
+    "zeroth order, exact head": lambda: ExactHead(ZerothOrder(), layer_calls, HEAD),
 }
+WITH_SLOPES = ("forward", "forward, 3 tangents", "zeroth order", "zeroth order, 3 directions")
+HEAD = frozenset(f"base_model.model.classifier.modules_to_save.default.{name}" for name in ("weight", "bias"))
 DRAW = DirectionStream(0, 1, 0).at_step(0)
 DRAWS: dict[str, Callable[[list[str]], Draw]] = {
     "gaussian": lambda names: DRAW,
@@ -45,7 +54,7 @@ DRAWS: dict[str, Callable[[list[str]], Draw]] = {
 def test_contract(name: str, draw: str) -> None:
     model, batch = build("bert"), padded_batch()
     model.base_model.model.bert.encoder.layer[1].attention.self.query.lora_dropout["default"].train()
-    names = trainable(model)[:3]
+    names = [*trainable(model)[:3], *sorted(HEAD)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     required = [parameter.requires_grad for parameter in model.parameters()]
@@ -64,7 +73,7 @@ def test_contract(name: str, draw: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATORS if "backprop" not in name])
+@pytest.mark.parametrize("name", WITH_SLOPES)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_gradient_is_what_the_slopes_rebuild(name: str, draw: str) -> None:
     """Bitwise: the server has the slopes and the seed only."""
@@ -150,3 +159,23 @@ def test_forward_gradient_is_unbiased_with_the_known_variance(distribution: str)
     errors_mean = sum(errors) / num_draws
     standard_error = torch.tensor(errors).std().item() / num_draws**0.5
     assert errors_mean == pytest.approx(factor * norm**2, abs=5 * standard_error)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
+@pytest.mark.parametrize("inner", [ForwardGradient(2), ZerothOrder()], ids=["forward", "zeroth order"])
+def test_the_exact_head_is_autograds_and_the_rest_is_the_inner_estimate(family: str, inner: GradientEstimator) -> None:
+    model, loss = build(family), batch_loss(padded_batch())
+    inside = {p for layer in layer_calls(model) for p in layer.parameters()}
+    names = trainable(model)
+    head = [name for name in names if model.get_parameter(name) not in inside]
+    others = [name for name in names if name not in head]
+    assert head
+    estimator = ExactHead(inner, layer_calls, frozenset(head))
+    found = estimator.estimate(model, loss, names, DRAW, 3).gradients
+    exact = autograd_gradient(model, loss, head)
+    near = 1e-5 if isinstance(inner, ForwardGradient) else 5e-3  # the latter's last pass was h along a direction
+    assert all((found[name].double() - exact[name]).norm() < near * exact[name].norm() for name in head)
+    plain = inner.estimate(model, loss, others, DRAW, 3).gradients
+    assert all(torch.equal(found[name], plain[name]) for name in others)
+    alone = estimator.estimate(model, loss, head, DRAW, 3).gradients
+    assert all((alone[name].double() - exact[name]).norm() < 1e-5 * exact[name].norm() for name in head)

@@ -3,6 +3,9 @@
 What lies above the layers is small: from the last hidden state, which the estimate's pass computes anyway, it is
 run once more and differentiated, without a pass through the layers. And the estimate is freed of the head's
 share of its variance.
+
+A zeroth-order estimate leaves the hidden state of its last pass, whose parameters were h along a direction: the
+head's gradient is then exact to the order of h.
 """
 
 from collections.abc import Callable, Iterator, Sequence
