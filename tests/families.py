@@ -1,6 +1,7 @@
 """Tiny random models of every supported family, with LoRA, in float64."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -117,12 +118,27 @@ def padded_batch(rows: int = 3, tokens: int = 9, *, left: bool = False) -> dict[
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 3}
 
 
-def batch_loss(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
-    def loss(model: nn.Module) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return nn.functional.cross_entropy(logits, batch["labels"])
+@dataclass(frozen=True)
+class BatchLoss:
+    """A batch's mean loss, and each row's part of it."""
 
-    return loss
+    batch: dict[str, Tensor]
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        return self._losses(model, "mean")
+
+    def parts(self, model: nn.Module) -> Tensor:
+        losses = self._losses(model, "none")
+        return losses / losses.shape[0]
+
+    def _losses(self, model: nn.Module, reduction: str) -> Tensor:
+        batch = self.batch
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return nn.functional.cross_entropy(logits, batch["labels"], reduction=reduction)
+
+
+def batch_loss(batch: dict[str, Tensor]) -> BatchLoss:
+    return BatchLoss(batch)
 
 
 def autograd_gradient(model: nn.Module, loss: Callable[[nn.Module], Tensor], names: list[str]) -> dict[str, Tensor]:

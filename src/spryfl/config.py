@@ -173,6 +173,14 @@ class PartitionConfig(Part):
         return self
 
 
+NOT_OF_SLOPES: dict[Estimator, str] = {
+    "backprop": "directions are not drawn from a seed",
+    "guided": "directions are not drawn from a seed",
+    "bottleneck": "gradient takes the client's hidden states too",
+}
+"""Estimators that no server can follow from slopes, and why."""
+
+
 class MethodConfig(Part):
     """The federated method and its estimator's settings."""
 
@@ -199,10 +207,15 @@ class MethodConfig(Part):
     def _known_and_possible(self) -> "MethodConfig":
         if self.name not in METHODS:
             raise ValueError(f"unknown method '{self.name}'.{nearest(self.name, METHODS)} See: spry list methods")
-        if (self.upload or METHODS[self.name].upload) == "slopes" and self.own_estimator in ("backprop", "guided"):
+        if (self.upload or METHODS[self.name].upload) == "slopes" and self.own_estimator in NOT_OF_SLOPES:
             raise ValueError(
                 f"upload = 'slopes': nothing can be rebuilt from them with estimator '{self.own_estimator}', whose "
-                "directions are not drawn from a seed; set upload = 'values' or another method"
+                f"{NOT_OF_SLOPES[self.own_estimator]}; set upload = 'values' or another method"
+            )
+        if self.own_estimator == "bottleneck" and (self.distribution in ("orthogonal", "coordinate") or self.shrinkage):
+            raise ValueError(
+                "estimator = 'bottleneck' draws independent directions for every example, unscaled: leave shrinkage "
+                "out, and set distribution = 'gaussian' or 'rademacher'"
             )
         if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
             raise ValueError("exact_head: the head's gradient cannot be rebuilt from slopes; set upload = 'values'")
@@ -330,6 +343,12 @@ class RunConfig(Part):
         server = self.server.optimizer or METHODS[self.method.name].server
         if self.guide.momentum and server == "sgd":
             raise ValueError("guide.momentum: server.optimizer = 'sgd' keeps no momentum; choose 'yogi' or 'adam'")
+        trains_a = self.adapter.kind == "lora" and self.adapter.frozen != "a"
+        if self.method.own_estimator == "bottleneck" and not trains_a:
+            raise ValueError(
+                "method.estimator = 'bottleneck' perturbs the output of LoRA's A, which this adapter does not train: "
+                "set adapter.kind = 'lora' with frozen = 'b' (or 'none'), or method.estimator = 'forward'"
+            )
         names = [entry.name for entry in self.compare]
         if len(set(names)) < len(names):
             raise ValueError(f"compare: names must differ, got {names}")

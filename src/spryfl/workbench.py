@@ -26,6 +26,7 @@ from spryfl.federated.server_optimizer import ServerUpdate, default_learning_rat
 from spryfl.forward_mode.next_token import takes_positions
 from spryfl.forward_mode.support import require_support
 from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.bottleneck import BottleneckGradient
 from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.forward import ForwardGradient
@@ -39,6 +40,7 @@ from spryfl.models.units import HEAD, parameters_of
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
     "forward": lambda config: ForwardGradient(config.method.num_tangents),
+    "bottleneck": lambda config: BottleneckGradient(config.method.num_tangents),
     "zeroth_order": lambda config: ZerothOrder(config.method.num_tangents, config.method.step_size),
     "guided": lambda config: GuidedGradient(
         layer_calls, horizon=config.guide.horizon, slopes_per=config.guide.slopes, explore=config.guide.explore
@@ -85,8 +87,8 @@ class PartitionData:
     def batch(self, rows: Sequence[int]) -> Batch:
         return self.task.batch(self.examples, self.rows[list(rows)].tolist())
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.task.loss(model, batch)
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.task.losses(model, batch)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Workbench:
         low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
         adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, **options)
-        if config.method.own_estimator in ("forward", "guided"):
+        if config.method.own_estimator in ("forward", "bottleneck", "guided"):
             require_support(adapted.model, config.model.name)
         task, encode = TASKS[config.task.kind](config, rows, adapted)
         train, test = encode(rows.train), encode(rows.test)
@@ -242,7 +244,7 @@ class Workbench:
         if isinstance(estimator, GuidedGradient):
             unit_of = {name: unit.name for unit in self.adapted.units for name in unit.parameters}
             estimator = replace(estimator, unit_of=unit_of)
-        if self.config.method.exact_head and self.config.method.own_estimator in ("forward", "zeroth_order"):
+        if self.config.method.exact_head and self.config.method.own_estimator not in ("backprop", "guided"):
             head = {name for unit in self.adapted.units if unit.is_head for name in unit.parameters}
             estimator = ExactHead(estimator, layer_calls, frozenset(head))
         return estimator

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from families import autograd_gradient, batch_loss, build, padded_batch, trainable
 from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.bottleneck import BottleneckGradient
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes
 from spryfl.gradients.exact_head import ExactHead
@@ -20,6 +21,8 @@ from spryfl.models.layers import layer_calls
 ESTIMATORS: dict[str, Callable[[], GradientEstimator]] = {
     "forward": ForwardGradient,
     "forward, 3 tangents": lambda: ForwardGradient(3),
+    "bottleneck": BottleneckGradient,
+    "bottleneck, 3 tangents": lambda: BottleneckGradient(3),
     "zeroth order": ZerothOrder,
     "zeroth order, 3 directions": lambda: ZerothOrder(3, 1e-4),
     "backprop": Backprop,
@@ -119,13 +122,16 @@ def test_an_error_in_the_loss_leaves_the_model_whole() -> None:
     model = build("bert")
     before = {key: value.clone() for key, value in model.state_dict().items()}
 
-    def broken(model: nn.Module) -> Tensor:
-        batch_loss(padded_batch())(model)
-        raise ValueError("broken")
+    class Broken:
+        def __call__(self, model: nn.Module) -> Tensor:
+            batch_loss(padded_batch())(model)
+            raise ValueError("broken")
+
+        parts = __call__
 
     for estimator in (factory() for factory in ESTIMATORS.values()):
         with pytest.raises(ValueError, match="broken"):
-            estimator.estimate(model, broken, trainable(model), DRAW, 3)
+            estimator.estimate(model, Broken(), trainable(model), DRAW, 3)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -33,8 +33,8 @@ class Rows:
         whole = padded_batch()
         return {name: tensor[[row % 3 for row in rows]] for name, tensor in whole.items()}
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return batch_loss(batch)(model)
+    def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return batch_loss(batch).parts(model) * len(batch["labels"])
 
 
 def training(**changes: object) -> LocalTraining:
@@ -113,10 +113,10 @@ def test_dropout_draws_one_mask_a_step() -> None:
     losses = []
 
     class Noisy(Rows):
-        def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             noise = torch.rand(())
             losses.append(float(noise))
-            return super().loss(model, batch) * (1 + noise)
+            return super().losses(model, batch) * (1 + noise)
 
     Client(model, Noisy(), ZerothOrder(3), training(epochs=1, num_tangents=3)).update(task_for(model))
     assert len(losses) == 18

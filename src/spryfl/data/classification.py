@@ -54,8 +54,11 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of a batch, in float32 at least."""
-        logits = self.logits(model, batch)
-        return nn.functional.cross_entropy(logits, batch["labels"])
+        return self.losses(model, batch).mean()
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows,) the cross-entropy of each row, in float32 at least."""
+        return nn.functional.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, labels), in float32 at least."""

@@ -132,7 +132,11 @@ class PromptedClassification:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the label words of a batch, in float32 at least."""
-        return nn.functional.cross_entropy(self.logits(model, batch), batch["labels"])
+        return self.losses(model, batch).mean()
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows,) the cross-entropy of each row, in float32 at least."""
+        return nn.functional.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, classes): the label words' logits at each prompt's end, in float32 at least."""

@@ -32,7 +32,30 @@ class ClientData(Protocol[BatchT]):
 
     def batch(self, rows: Sequence[int]) -> BatchT: ...
 
-    def loss(self, model: nn.Module, batch: BatchT) -> Tensor: ...
+    def losses(self, model: nn.Module, batch: BatchT) -> Tensor:
+        """(rows,) the loss of each row of the batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class BatchLoss(Generic[BatchT]):
+    """The loss of one step's batch; dropout draws the same mask at every evaluation."""
+
+    data: ClientData[BatchT]
+    batch: BatchT
+    seed: int
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        return self._losses(model).mean()
+
+    def parts(self, model: nn.Module) -> Tensor:
+        """See `SeparableLoss.parts`."""
+        losses = self._losses(model)
+        return losses / losses.shape[0]
+
+    def _losses(self, model: nn.Module) -> Tensor:
+        torch.manual_seed(self.seed)
+        return self.data.losses(model, self.batch)
 
 
 @dataclass(frozen=True)
@@ -141,17 +164,10 @@ class Client(Generic[BatchT]):
             yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
     def _loss(self, task: ClientTask, step: int, rows: np.ndarray) -> Loss:
-        """The batch's loss; dropout draws the same mask at every evaluation of the same step."""
-        batch = self.data.batch(rows.tolist())
         seed = int.from_bytes(
             hashlib.blake2b(f"{task.seed}/{task.round}/{task.client}/{step}".encode(), digest_size=7).digest(), "little"
         )
-
-        def loss(model: nn.Module) -> Tensor:
-            torch.manual_seed(seed)
-            return self.data.loss(model, batch)
-
-        return loss
+        return BatchLoss(self.data, self.data.batch(rows.tolist()), seed)
 
     def _accelerators(self) -> list[torch.device]:
         device = next(self.model.parameters()).device

@@ -8,7 +8,7 @@ is FedAvg. A new method is one row.
 from dataclasses import dataclass
 from typing import Literal
 
-Estimator = Literal["forward", "guided", "zeroth_order", "backprop"]
+Estimator = Literal["forward", "bottleneck", "guided", "zeroth_order", "backprop"]
 Assignment = Literal["split", "all"]
 Upload = Literal["values", "gradients", "slopes"]
 Pace = Literal["epoch", "iteration"]
@@ -40,6 +40,9 @@ METHODS: dict[str, Method] = {
     "spry": Method("forward", "split", "values", "epoch", "yogi", "Spry, per epoch (Panchal et al. 2024)"),
     "spry_per_iteration": Method(
         "forward", "split", "slopes", "iteration", "yogi", "Spry, per iteration: K scalars and a seed travel up"
+    ),
+    "spry_bottleneck": Method(
+        "bottleneck", "split", "values", "epoch", "yogi", "Spry with tangents at LoRA's A x, a slope for every example"
     ),
     "spry_guided": Method(
         "guided", "split", "values", "epoch", "yogi", "Spry along guessed gradients instead of random directions"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,20 @@ from spryfl.gradients.tangents import Draw
 
 Loss = Callable[[nn.Module], Tensor]
 """Maps the model, its present values loaded, to the mean loss of one batch: a scalar tensor."""
+
+
+@runtime_checkable
+class SeparableLoss(Protocol):
+    """A `Loss` that can also be told example by example."""
+
+    def __call__(self, model: nn.Module) -> Tensor: ...
+
+    def parts(self, model: nn.Module) -> Tensor:
+        """What the mean loss is the sum of: (rows,), or (rows, tokens) of a causal model.
+
+        A row's part depends on that row alone, a token's on its row's tokens up to it.
+        """
+        ...
 
 
 @dataclass(frozen=True)

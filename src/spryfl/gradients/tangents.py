@@ -53,6 +53,14 @@ class Draw:
         """K for each group."""
         return num_tangents * len(self._groups(parameters))
 
+    def rows(self, parameters: Sequence[str], num_tangents: int) -> dict[str, slice]:
+        """Which of all directions are each parameter's own."""
+        return {
+            name: slice(start * num_tangents, (start + 1) * num_tangents)
+            for start, group in enumerate(self._groups(parameters))
+            for name in group
+        }
+
     def directions(self, shapes: Shapes, num_tangents: int) -> Iterator[dict[str, Tensor]]:
         """The directions one by one, K of each group, as the parameters that are perturbed: float32 on the CPU.
 
