@@ -77,7 +77,7 @@ SMOLLM2: Settings = SERVER | {
     "evaluation.every": 10,
     "evaluation.batch_size": 50,
 }
-PAIRS: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["instruction", "response"], "guide.num_texts": 512}
+PAIRS: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["instruction", "response"], "guide.num_texts": 256}
 NEWS: Settings = {"guide.text": "ag_news", "guide.text_columns": ["text"], "guide.num_texts": 160}
 DOLLY: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["response"], "guide.num_texts": 160}
 
@@ -145,7 +145,7 @@ class Variant:
 
 
 GUIDED: Settings = {"method.name": "spry_guided"}
-MAPS: Settings = GUIDED | {"guide.guess": "maps"}
+MAPS: Settings = GUIDED | {"guide.guess": "maps", "guide.check_every": 5, "guide.refit_below": 0.8}
 CHECKPOINTED: Settings = {"method.checkpointing": "per_layer"}
 
 VARIANTS: dict[str, Variant] = {
