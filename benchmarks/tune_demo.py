@@ -1,6 +1,6 @@
 """The learning rates of the demo: an equal search for each of its methods.
 
-    python benchmarks/tune_demo.py METHOD     # spry, fedyogi or fedmezo; resumable, about 15 minutes each
+    python benchmarks/tune_demo.py METHOD     # spry_guided, spry, fedyogi or fedmezo; resumable, about 15 minutes each
 
 Twelve trials a method, on a validation part cut from train (the test split is never looked at), with the
 demo's other settings and 15 rounds (the demo stops at 10 to keep to its five minutes). Each trial is one line
@@ -36,7 +36,7 @@ MEAN_GRID = [
     }.items()
     for rate in rates
 ]
-GRIDS = {"spry": YOGI_GRID, "fedyogi": YOGI_GRID, "fedmezo": MEAN_GRID}
+GRIDS = {"spry_guided": YOGI_GRID, "spry": YOGI_GRID, "fedyogi": YOGI_GRID, "fedmezo": MEAN_GRID}
 
 
 def training_rows(folder: Path) -> Path:
