@@ -1,6 +1,6 @@
 """What each client has the memory for: predictions (`models.dry_run`) against the budgets that clients state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -8,6 +8,7 @@ from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
 from spryfl.federated.fitting import PassSettings
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES
+from spryfl.gradients.bottleneck import bottlenecks
 from spryfl.gradients.tangents import TangentsPer, tangent_groups
 from spryfl.memory.plan import PROCESS_BYTES, adapter_state_bytes
 from spryfl.models.adapters import frozen_tensors
@@ -15,7 +16,7 @@ from spryfl.models.dry_run import DryRun, Work
 from spryfl.models.layers import transformer_layers
 from spryfl.models.loading import AdaptedModel
 from spryfl.models.quantization import kind_of, stored_config
-from spryfl.models.units import Unit
+from spryfl.models.units import Unit, parameters_of
 from spryfl.models.weights import Precision, count_weights
 
 Passes = Literal["forward", "zeroth_order", "backprop", "per_layer", "budgeted"]
@@ -38,6 +39,9 @@ class ClientMemory:
         checkpoint_budget_bytes: of passes "budgeted".
         groups: unit -> how many times K tangents it takes; empty where all units share K.
         drawing_bytes: of a number while directions are drawn jointly, beside the tangent it becomes.
+        kinds: how many times K tangents a step takes where all units share K; bottlenecks have their own.
+        low_inputs: unit -> bytes of what its bottleneck is given, kept; empty for other estimators.
+        low_numbers: unit -> numbers at its bottleneck, each with K tangents.
     """
 
     budgets: Sequence[int]
@@ -50,6 +54,9 @@ class ClientMemory:
     checkpoint_budget_bytes: int = 0
     groups: Mapping[str, int] = field(default_factory=dict)
     drawing_bytes: int = 0
+    kinds: int = 1
+    low_inputs: Mapping[str, int] = field(default_factory=dict)
+    low_numbers: Mapping[str, int] = field(default_factory=dict)
     _known: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
     def budget(self, client: int) -> int:
@@ -74,8 +81,11 @@ class ClientMemory:
         everyone = sum(self.values.values())
         adapter = adapter_state_bytes(own, self.dry.work.dtype.itemsize) + 4 * (everyone - own)
         # Every tangent is as large as what it perturbs, drawn in float32 and held in the model's type.
-        rows = k * sum(self.groups[unit] for unit in units) if self.groups else k
-        tangents = rows * own * (4 + self.dry.work.dtype.itemsize) if self.passes == "forward" else 0
+        rows = k * sum(self.groups[unit] for unit in units) if self.groups else k * self.kinds
+        tangent_bytes = 4 + self.dry.work.dtype.itemsize
+        tangents = rows * own * tangent_bytes if self.passes == "forward" else 0
+        tangents += sum(self.low_inputs.get(unit, 0) for unit in units)
+        tangents += sum(k * self.low_numbers.get(unit, 0) * tangent_bytes for unit in units)
         tangents += k * own * self.drawing_bytes if self._has_slopes else 0
         lowest = min((self.layer[unit] or 0 for unit in units if self.layer[unit] is not None), default=None)
         depth = 0 if lowest is None else self.dry.work.num_layers - lowest
@@ -156,7 +166,11 @@ def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: 
     factors = sum(tensor.nbytes for tensor in frozen_tensors(model))
     work = Work(model.config, config.adapter, batch, tokens, adapted.dtype, packed, head, config.task.kind)
     by_checkpointing: dict[str, Passes] = {"none": "backprop", "per_layer": "per_layer", "budgeted": "budgeted"}
-    with_slopes: dict[str, Passes] = {"forward": "forward", "zeroth_order": "zeroth_order"}
+    with_slopes: dict[str, Passes] = {"forward": "forward", "bottleneck": "forward", "zeroth_order": "zeroth_order"}
+    at_once = batch * tokens
+    lows = bottlenecks(model, parameters_of(adapted.units)) if config.method.own_estimator == "bottleneck" else {}
+    low_of = {unit.name: [lows[name] for name in unit.parameters if name in lows] for unit in adapted.units}
+    parameters = [n for u in adapted.units if not (u.is_head and config.method.exact_head) for n in u.parameters]
     return ClientMemory(
         budgets=config.clients.memory,
         dry=DryRun(work),
@@ -166,15 +180,22 @@ def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: 
         values={unit.name: _num_values(adapted, unit) for unit in adapted.units},
         layer=_layers_of(adapted),
         checkpoint_budget_bytes=config.method.budget or 0,
-        groups=_groups_of(adapted, config.method.tangents_per),
+        groups=_groups_of(adapted, config.method.tangents_per, lows),
+        kinds=2 if lows and not lows.keys() >= set(parameters) else 1,
+        low_inputs={u: at_once * adapted.dtype.itemsize * sum(m.in_features for m in low_of[u]) for u in low_of},
+        low_numbers={u: at_once * sum(m.out_features for m in low_of[u]) for u in low_of},
         drawing_bytes=DRAWING_BYTES if config.method.distribution in ("orthogonal", "coordinate") else 0,
     )
 
 
-def _groups_of(adapted: AdaptedModel, per: TangentsPer) -> dict[str, int]:
+def _groups_of(adapted: AdaptedModel, per: TangentsPer, lows: Collection[str]) -> dict[str, int]:
     if per == "step":
         return {}
-    return {unit.name: len(tangent_groups(per, [unit.parameters])) for unit in adapted.units}
+    found = {}
+    for unit in adapted.units:
+        kinds = [[n for n in unit.parameters if n in lows], [n for n in unit.parameters if n not in lows]]
+        found[unit.name] = sum(len(tangent_groups(per, [names])) for names in kinds if names)
+    return found
 
 
 def _head_modules(adapted: AdaptedModel) -> tuple[str, ...]:

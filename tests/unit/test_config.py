@@ -20,6 +20,18 @@ from spryfl.workbench import ESTIMATORS
         ({"num_rounds": 3}, "It belongs to server.num_rounds"),
         ({"method": {"name": "sprry"}}, "unknown method 'sprry'. Did you mean 'spry'?"),
         ({"method": {"name": "fedavg", "upload": "slopes"}}, "leave upload out"),
+        (
+            {"method": {"estimator": "bottleneck", "upload": "slopes"}},
+            "estimator 'bottleneck', whose gradient takes the client's hidden states too; set upload = 'values'",
+        ),
+        (
+            {"method": {"estimator": "bottleneck", "distribution": "orthogonal"}},
+            "set distribution = 'gaussian' or 'rademacher'",
+        ),
+        (
+            {"method": {"name": "spry_bottleneck"}, "adapter": {"frozen": "a"}},
+            "set adapter.kind = 'lora' with frozen = 'b'",
+        ),
         ({"method": {"checkpointing": "budgeted"}}, "needs a budget, such as budget = '64MiB'"),
         ({"method": {"budget": "64MiB"}}, "budget belongs to checkpointing = 'budgeted', not 'none'"),
         (

@@ -165,3 +165,35 @@ def test_tangents_of_each_unit_cost_as_many_times_k(tiny_config: Callable[..., R
     chunk = SMALLER_CHUNKS[0]
     assert each.peak_bytes([one], 1, chunk) == shared.peak_bytes([one], 1, chunk)
     assert each.peak_bytes(units[:3], 1, chunk) == shared.peak_bytes(units[:3], 3, chunk)
+
+
+def test_bottlenecks_keep_their_inputs(tiny_config: Callable[..., RunConfig]) -> None:
+    """Beside the forward gradient's: the inputs of a unit's A, tangents of its z, and K more directions if B's too."""
+    config = tiny_config(method__num_tangents=4, method__exact_head=True, adapter__frozen="b")
+    found = {}
+    for method in ("spry", "spry_bottleneck"):
+        own = config.model_copy(update={"method": config.method.model_copy(update={"name": method})})
+        memory = Workbench.from_config(budgets(own, 10**12)).client_memory
+        assert memory is not None
+        found[method] = memory
+    memory = found["spry_bottleneck"]
+    unit = next(iter(memory.values))
+    work, rank = memory.dry.work, config.adapter.rank
+    kept = work.batch * work.tokens * 32 * work.dtype.itemsize
+    tangents = 4 * work.batch * work.tokens * rank * (4 + work.dtype.itemsize)
+    assert memory.kinds == 1
+    assert memory.peak_bytes([unit], 4, 10**6) == found["spry"].peak_bytes([unit], 4, 10**6) + kept + tangents
+    both = config.model_copy(update={"adapter": config.adapter.model_copy(update={"frozen": "none"})})
+    both = both.model_copy(update={"method": both.method.model_copy(update={"name": "spry_bottleneck"})})
+    memory = Workbench.from_config(budgets(both, 10**12)).client_memory
+    assert memory is not None
+    assert memory.kinds == 2
+
+
+def test_a_run_with_bottleneck_tangents(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """A few rounds, the head exact; clients have memory enough for some of the K they are asked."""
+    config = tiny_config(
+        method__name="spry_bottleneck", method__num_tangents=2, method__exact_head=True, adapter__frozen="b"
+    )
+    summary = run(budgets(config, 10**12), create_run_directory(tmp_path / "run"), (), "bottleneck")
+    assert summary.num_failures == summary.num_refused == 0
