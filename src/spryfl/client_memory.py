@@ -95,6 +95,7 @@ class ClientMemory:
         Raises:
             ConfigError: a client can hold no unit at all; names the least that would do.
         """
+
         def least(wanted: Sequence[str]) -> int:
             return self.peak_bytes(wanted, 1, SMALLER_CHUNKS[-1])
 

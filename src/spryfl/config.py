@@ -177,7 +177,11 @@ class MethodConfig(Part):
     """The federated method and its estimator's settings."""
 
     name: str = "spry"
-    estimator: Estimator | None = Field(None, description="how clients estimate gradients; the method's own by default")
+    estimator: Estimator | Literal["auto"] | None = Field(
+        None,
+        description="how clients estimate gradients, the method's own by default; auto: what goes furthest in a second "
+        "of what fits each client",
+    )
     num_tangents: Positive = Field(1, description="K: directions a step; unused by backprop")
     distribution: Distribution = Field(
         "gaussian", description="of directions; orthogonal and coordinate ones give the exact gradient at K = d"
@@ -199,13 +203,18 @@ class MethodConfig(Part):
     def _known_and_possible(self) -> "MethodConfig":
         if self.name not in METHODS:
             raise ValueError(f"unknown method '{self.name}'.{nearest(self.name, METHODS)} See: spry list methods")
-        if (self.upload or METHODS[self.name].upload) == "slopes" and self.own_estimator in ("backprop", "guided"):
+        if (self.upload or METHODS[self.name].upload) == "slopes" and self.own_estimator not in (
+            "forward",
+            "zeroth_order",
+        ):
             raise ValueError(
                 f"upload = 'slopes': nothing can be rebuilt from them with estimator '{self.own_estimator}', whose "
                 "directions are not drawn from a seed; set upload = 'values' or another method"
             )
         if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
             raise ValueError("exact_head: the head's gradient cannot be rebuilt from slopes; set upload = 'values'")
+        if self.estimator == "auto" and self.checkpointing != "none":
+            raise ValueError(f"checkpointing = '{self.checkpointing}': estimator = 'auto' chooses it; leave it out")
         if self.checkpointing == "budgeted" and self.budget is None:
             raise ValueError("checkpointing = 'budgeted' needs a budget, such as budget = '64MiB'")
         if self.budget is not None and self.checkpointing != "budgeted":
@@ -213,7 +222,7 @@ class MethodConfig(Part):
         return self
 
     @property
-    def own_estimator(self) -> Estimator:
+    def own_estimator(self) -> Estimator | Literal["auto"]:
         """The estimator asked for, or the method's own."""
         return self.estimator or METHODS[self.name].estimator
 

@@ -4,10 +4,31 @@ Pure: candidates come with what they are predicted to take and to bring; whoever
 (`client_choice`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from spryfl.federated.fitting import PassSettings
+
+KINDS = ("backprop", "per_layer", "guided", "forward")
+"""What has a speed of its own; backprop within a budget runs as per layer does."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured before the first round, and the choice rests on: a resumed run takes it over.
+
+    Attributes:
+        speeds: kind -> seconds of a step by the seconds its operations would take at the speed of inference's; in
+            any unit, as only their ratios matter. Kinds that were not measured count as the mean of the others.
+        cosines: place of a layer's call -> measured cosine of its guess; empty for the default table.
+    """
+
+    speeds: Mapping[str, float] = field(default_factory=dict)
+    cosines: Mapping[int, float] = field(default_factory=dict)
+
+    def speed(self, kind: str) -> float:
+        known = self.speeds.values()
+        return self.speeds.get(kind, sum(known) / len(known) if known else 1.0)
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,13 @@ class Candidate:
     peak_bytes: int
     seconds: float
     progress: float
+
+    @property
+    def kind(self) -> str:
+        """What its speed is measured as: one of `KINDS`."""
+        if self.settings.estimator != "backprop":
+            return str(self.settings.estimator)
+        return "backprop" if self.settings.checkpointing == "none" else "per_layer"
 
     @property
     def rate(self) -> float:

@@ -104,9 +104,7 @@ class DryRun:
         """Reverse mode, storing every activation or each layer's input; `upper` as above."""
         return self._cost(("differentiate", checkpointed), chunk_bytes, upper)
 
-    def guided(
-        self, horizon: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES, *, upper: bool = False
-    ) -> PassCost:
+    def guided(self, horizon: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES, *, upper: bool = False) -> PassCost:
         """A guessed gradient in every layer, each layer's input kept; the pass that takes slopes is `forward`.
 
         Args:
