@@ -1,6 +1,6 @@
 """What each client has the memory for: predictions (`models.dry_run`) against the budgets that clients state."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -78,8 +78,6 @@ class ClientMemory:
     def peak_bytes(self, units: Sequence[str], k: int, chunk_bytes: int) -> int:
         """The predicted resident peak of training these units together."""
         own = sum(self.values[unit] for unit in units)
-        everyone = sum(self.values.values())
-        adapter = adapter_state_bytes(own, self.dry.work.dtype.itemsize) + 4 * (everyone - own)
         # Every tangent is as large as what it perturbs, drawn in float32 and held in the model's type.
         rows = k * sum(self.groups[unit] for unit in units) if self.groups else k * self.kinds
         tangent_bytes = 4 + self.dry.work.dtype.itemsize
@@ -87,9 +85,19 @@ class ClientMemory:
         tangents += sum(self.low_inputs.get(unit, 0) for unit in units)
         tangents += sum(k * self.low_numbers.get(unit, 0) * tangent_bytes for unit in units)
         tangents += k * own * self.drawing_bytes if self._has_slopes else 0
+        return self.fixed_bytes(units) + tangents + self._activations(self.depth(units), rows, chunk_bytes)
+
+    def fixed_bytes(self, units: Sequence[str]) -> int:
+        """What training these units takes whatever the passes: process, weights, adapter."""
+        own = sum(self.values[unit] for unit in units)
+        everyone = sum(self.values.values())
+        adapter = adapter_state_bytes(own, self.dry.work.dtype.itemsize) + 4 * (everyone - own)
+        return PROCESS_BYTES + self.weights_bytes + adapter
+
+    def depth(self, units: Sequence[str]) -> int:
+        """How many layers, from the top, gradients of these units reach down through."""
         lowest = min((self.layer[unit] or 0 for unit in units if self.layer[unit] is not None), default=None)
-        depth = 0 if lowest is None else self.dry.work.num_layers - lowest
-        return PROCESS_BYTES + self.weights_bytes + adapter + tangents + self._activations(depth, rows, chunk_bytes)
+        return 0 if lowest is None else self.dry.work.num_layers - lowest
 
     def require_some(self, units: Sequence[str], shared: Sequence[str]) -> tuple[str, ...]:
         """Units that no budget holds.
@@ -97,20 +105,11 @@ class ClientMemory:
         Raises:
             ConfigError: a client can hold no unit at all; names the least that would do.
         """
-        dealt = [unit for unit in units if unit not in shared] or list(units)
-        held = {
-            budget: {unit for unit in dealt if self.within(budget, [unit, *shared]) is not None}
-            for budget in dict.fromkeys(self.budgets)
-        }
-        poorest = next((budget for budget, found in held.items() if not found), None)
-        if poorest is not None:
-            least = min(self.peak_bytes([unit, *shared], 1, SMALLER_CHUNKS[-1]) for unit in dealt)
-            raise ConfigError(
-                f"clients.memory: {poorest:,} bytes hold no unit of this model; the least is {least:,} bytes, of which "
-                f"{PROCESS_BYTES:,} are the process and {self.weights_bytes:,} weights. Raise it, lower "
-                "local.batch_size or data.max_tokens, or set model.quantization or model.streamed"
-            )
-        return tuple(unit for unit in dealt if not any(unit in found for found in held.values()))
+
+        def least(wanted: Sequence[str]) -> int:
+            return self.peak_bytes(wanted, 1, SMALLER_CHUNKS[-1])
+
+        return require_some(self, self.within, least, units, shared)
 
     @property
     def _has_slopes(self) -> bool:
@@ -147,6 +146,38 @@ class ClientMemory:
         state = self.dry.work.state_bytes
         kept = min(depth, max(1, self.checkpoint_budget_bytes // state))
         return max(inference, peak - (depth - kept) * state)
+
+
+def require_some(
+    memory: ClientMemory,
+    within: Callable[[int, Sequence[str]], object | None],
+    least: Callable[[Sequence[str]], int],
+    units: Sequence[str],
+    shared: Sequence[str],
+) -> tuple[str, ...]:
+    """Units that no budget holds.
+
+    Args:
+        within: (budget, units) -> None if it does not hold them together.
+        least: the fewest bytes some units can be trained in.
+
+    Raises:
+        ConfigError: a client can hold no unit at all; names the least that would do.
+    """
+    dealt = [unit for unit in units if unit not in shared] or list(units)
+    held = {
+        budget: {unit for unit in dealt if within(budget, [unit, *shared]) is not None}
+        for budget in dict.fromkeys(memory.budgets)
+    }
+    poorest = next((budget for budget, found in held.items() if not found), None)
+    if poorest is not None:
+        raise ConfigError(
+            f"clients.memory: {poorest:,} bytes hold no unit of this model; the least is "
+            f"{min(least([unit, *shared]) for unit in dealt):,} bytes, of which {PROCESS_BYTES:,} are the process and "
+            f"{memory.weights_bytes:,} weights. Raise it, lower local.batch_size or data.max_tokens, or set "
+            "model.quantization or model.streamed"
+        )
+    return tuple(unit for unit in dealt if held and not any(unit in found for found in held.values()))
 
 
 def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: int) -> ClientMemory:

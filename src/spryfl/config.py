@@ -177,6 +177,7 @@ NOT_OF_SLOPES: dict[Estimator, str] = {
     "backprop": "directions are not drawn from a seed",
     "guided": "directions are not drawn from a seed",
     "bottleneck": "gradient takes the client's hidden states too",
+    "auto": "directions may be guessed ones, or none at all",
 }
 """Estimators that no server can follow from slopes, and why."""
 
@@ -185,7 +186,11 @@ class MethodConfig(Part):
     """The federated method and its estimator's settings."""
 
     name: str = "spry"
-    estimator: Estimator | None = Field(None, description="how clients estimate gradients; the method's own by default")
+    estimator: Estimator | Literal["auto"] | None = Field(
+        None,
+        description="how clients estimate gradients, the method's own by default; auto: what goes furthest in a second "
+        "of what fits each client",
+    )
     num_tangents: Positive = Field(1, description="K: directions a step; unused by backprop")
     distribution: Distribution = Field(
         "gaussian", description="of directions; orthogonal and coordinate ones give the exact gradient at K = d"
@@ -219,6 +224,8 @@ class MethodConfig(Part):
             )
         if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
             raise ValueError("exact_head: the head's gradient cannot be rebuilt from slopes; set upload = 'values'")
+        if self.estimator == "auto" and self.checkpointing != "none":
+            raise ValueError(f"checkpointing = '{self.checkpointing}': estimator = 'auto' chooses it; leave it out")
         if self.checkpointing == "budgeted" and self.budget is None:
             raise ValueError("checkpointing = 'budgeted' needs a budget, such as budget = '64MiB'")
         if self.budget is not None and self.checkpointing != "budgeted":
@@ -226,7 +233,7 @@ class MethodConfig(Part):
         return self
 
     @property
-    def own_estimator(self) -> Estimator:
+    def own_estimator(self) -> Estimator | Literal["auto"]:
         """The estimator asked for, or the method's own."""
         return self.estimator or METHODS[self.name].estimator
 

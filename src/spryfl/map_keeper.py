@@ -58,7 +58,7 @@ class MapKeeper:
     def start(self, state: FederatedState) -> FederatedState:
         """The state with maps, if it has none yet and the run needs them."""
         guide = self.config.guide
-        if state.maps or guide.guess != "maps" or self.config.method.own_estimator != "guided":
+        if state.maps or guide.guess != "maps" or self.config.method.own_estimator not in ("guided", "auto"):
             return state
         if guide.maps is None:
             return self._fitted(state)
@@ -98,6 +98,12 @@ class MapKeeper:
         """The mean over layers and held-out batches of the maps' cosine with the true gradients."""
         quality = self.quality(state.values, maps_from(state.maps))
         return sum(quality.values()) / len(quality)
+
+    def cosines(self, state: FederatedState) -> dict[int, float]:
+        """Of the state's maps, by layer; none where there are no maps, or no text to measure them on."""
+        if not state.maps or self.config.guide.text is None:
+            return {}
+        return self.quality(state.values, maps_from(state.maps))
 
     def quality(self, values: dict[str, Tensor], maps: dict[int, BackwardMap]) -> dict[int, float]:
         """The mean cosine over held-out batches, by layer."""

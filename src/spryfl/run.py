@@ -6,7 +6,7 @@ Everything with a side effect is put together here; what it calls is pure or one
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from spryfl.config import RunConfig
+from spryfl.federated.choosing import Calibration
 from spryfl.federated.messages import Runtime
-from spryfl.federated.rounds import FederatedState, RoundReport, run_round
+from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
 from spryfl.map_keeper import MapKeeper
 from spryfl.report.plots import plot_run
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.workers import WorkerRuntime
+from spryfl.speeds import measure_speeds
 from spryfl.tracking.events import Observer, RoundEvent, Summary
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
@@ -42,6 +44,7 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     bench = Workbench.from_config(config)
     keeper = MapKeeper.of(bench)
     state = directory.read_checkpoint() or keeper.start(bench.initial_state())
+    federation = _federation(bench, keeper, state, directory)
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
@@ -51,7 +54,7 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     with _runtime(bench, observers) as runtime:
         while state.round < config.server.num_rounds:
             started = time.perf_counter()
-            state, report = run_round(state, bench.federation, runtime)
+            state, report = run_round(state, federation, runtime)
             state, cosine, fitted = keeper.keep(state)
             due = state.round % config.evaluation.every == 0 or state.round == config.server.num_rounds
             evaluated = bench.evaluate(state.values) if due else (None, None)
@@ -66,6 +69,18 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     for observer in observers:
         observer.finished(summary)
     return summary
+
+
+def _federation(bench: Workbench, keeper: MapKeeper, state: FederatedState, directory: RunDirectory) -> Federation:
+    """The workbench's; where clients' estimators are chosen, with what that rests on: measured once a run."""
+    choice = bench.client_choice
+    if choice is None:
+        return bench.federation
+    calibration = directory.read_calibration()
+    if calibration is None:
+        calibration = Calibration(measure_speeds(bench, state), keeper.cosines(state))
+        directory.write_calibration(calibration)
+    return replace(bench.federation, fit=choice.calibrated(calibration).fit)
 
 
 @contextmanager
@@ -143,7 +158,7 @@ def _round_event(
         refused=tuple(f"{f.client}: {f.reason}" for f in report.refused),
         untrained=report.untrained,
         unheld=report.unheld,
-        settings=tuple({"client": client} | asdict(own) for client, own in sorted(report.settings.items())),
+        settings=tuple({"client": client} | own.as_row() for client, own in sorted(report.settings.items())),
     )
 
 

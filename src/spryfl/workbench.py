@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
+from spryfl.client_choice import ClientChoice, client_choice
 from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig, TaskKind
 from spryfl.data.classification import Batch, Classification, Examples, tokenize
@@ -127,7 +128,7 @@ class Workbench:
         low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
         adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, **options)
-        if config.method.own_estimator in ("forward", "bottleneck", "guided"):
+        if config.method.own_estimator in ("forward", "bottleneck", "guided", "auto"):
             require_support(adapted.model, config.model.name)
         task, encode = TASKS[config.task.kind](config, rows, adapted)
         train, test = encode(rows.train), encode(rows.test)
@@ -154,7 +155,7 @@ class Workbench:
     def _require_dimensions(self) -> None:
         """Refuse more orthogonal tangents than the least that a client may train has dimensions."""
         method, federation = self.config.method, self.federation
-        if METHODS[method.name].estimator == "backprop":
+        if METHODS[method.name].estimator == "backprop" and method.own_estimator != "auto":
             return
 
         def size(group: Sequence[str]) -> int:
@@ -170,8 +171,17 @@ class Workbench:
     @cached_property
     def client_memory(self) -> ClientMemory | None:
         """What each client has the memory for; None where the configuration states none."""
-        if not self.config.clients.memory:
+        return self._predictions if self.config.clients.memory else None
+
+    @cached_property
+    def client_choice(self) -> ClientChoice | None:
+        """What chooses each client's estimator, not calibrated; None where the configuration names one."""
+        if self.config.method.own_estimator != "auto":
             return None
+        return client_choice(self.config, self.adapted, self._predictions, self.places)
+
+    @cached_property
+    def _predictions(self) -> ClientMemory:
         batch = max(min(self.config.local.batch_size, len(self.partition[c])) for c in range(len(self.partition)))
         tokens = max(len(encoding["input_ids"]) for encoding in self.train.encodings)
         return client_memory(self.config, self.adapted, batch, tokens)
@@ -179,8 +189,8 @@ class Workbench:
     @cached_property
     def unheld_units(self) -> tuple[str, ...]:
         """Units that no client has the memory for; they stay as they are."""
-        memory, federation = self.client_memory, self.federation
-        return () if memory is None else memory.require_some(list(federation.units), federation.shared)
+        fitting = self.client_choice or self.client_memory
+        return () if fitting is None else fitting.require_some(list(self.federation.units), self.federation.shared)
 
     @cached_property
     def federation(self) -> Federation:
@@ -188,6 +198,7 @@ class Workbench:
         config, method = self.config, METHODS[self.config.method.name]
         head_is_shared = config.method.head == "every"
         server = config.server.optimizer or method.server
+        fitting = self.client_choice or self.client_memory
         return Federation(
             seed=config.seed,
             num_clients=len(self.partition),
@@ -198,9 +209,9 @@ class Workbench:
             rotate=config.method.rotate,
             upload=config.method.upload or method.upload,
             training=self.training,
-            fit=None if self.client_memory is None else self.client_memory.fit,
+            fit=None if fitting is None else fitting.fit,
             places={} if config.guide.guess != "maps" else self.places,
-            momentum=config.method.own_estimator == "guided" and config.guide.momentum,
+            momentum=config.method.own_estimator in ("guided", "auto") and config.guide.momentum,
             server=ServerUpdate(
                 kind=server,
                 learning_rate=config.server.learning_rate or default_learning_rate(server, method.pace),
@@ -239,20 +250,35 @@ class Workbench:
 
     @cached_property
     def estimator(self) -> GradientEstimator:
-        """The clients' estimator."""
-        estimator = ESTIMATORS[self.config.method.own_estimator](self.config)
+        """The clients' estimator; where each is given its own, what stands in its place."""
+        own = self.config.method.own_estimator
+        return self._estimator("backprop" if own == "auto" else own)
+
+    @cached_property
+    def estimators(self) -> dict[str, GradientEstimator]:
+        """By name, those that are chosen among."""
+        if self.config.method.own_estimator != "auto":
+            return {}
+        return {name: self._estimator(name) for name in ("backprop", "guided", "forward")}
+
+    def _estimator(self, name: str) -> GradientEstimator:
+        estimator = ESTIMATORS[name](self.config)
         if isinstance(estimator, GuidedGradient):
             unit_of = {name: unit.name for unit in self.adapted.units for name in unit.parameters}
             estimator = replace(estimator, unit_of=unit_of)
-        if self.config.method.exact_head and self.config.method.own_estimator not in ("backprop", "guided"):
+        if self.config.method.exact_head and name not in ("backprop", "guided"):
             head = {name for unit in self.adapted.units if unit.is_head for name in unit.parameters}
             estimator = ExactHead(estimator, layer_calls, frozenset(head))
         return estimator
 
     def client(self, client: int) -> Client[Batch]:
         """The client of a partition id; its adapter's dropout is on, the base model's is not."""
-        data = PartitionData(self.task, self.train, self.partition[client])
-        return Client(self.adapted.model, data, self.estimator, self.training, dropout_modules(self.adapted.model))
+        return self.client_with(PartitionData(self.task, self.train, self.partition[client]))
+
+    def client_with(self, data: PartitionData) -> Client[Batch]:
+        """A client that holds some of the training data."""
+        model, dropout = self.adapted.model, dropout_modules(self.adapted.model)
+        return Client(model, data, self.estimator, self.training, dropout, self.estimators)
 
     def batch_tokens(self, client: int) -> int:
         """The most tokens, padding included, that a batch of this client can have."""

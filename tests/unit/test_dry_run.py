@@ -15,6 +15,7 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.forward import ForwardGradient
+from spryfl.gradients.guided import GuidedGradient
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import PassCost
@@ -100,8 +101,13 @@ ESTIMATORS: dict[str, tuple[Callable[[], GradientEstimator | None], Callable[[Dr
     "zeroth order": (ZerothOrder, lambda dry, chunks: dry.inference(chunks)),
     "backprop": (Backprop, lambda dry, chunks: dry.backprop(False, chunks)),
     "checkpointed": (lambda: Backprop("per_layer", layer_calls), lambda dry, chunks: dry.backprop(True, chunks)),
+    "guided": (lambda: GuidedGradient(layer_calls, slopes_per="none"), lambda dry, chunks: dry.guided(False, chunks)),
+    "guided, horizon 2": (
+        lambda: GuidedGradient(layer_calls, horizon=2, slopes_per="none"),
+        lambda dry, chunks: dry.guided(True, chunks),
+    ),
 }
-CHUNKED = ("forward", "checkpointed")
+CHUNKED = ("forward", "checkpointed", "guided")
 
 
 def misses(config: PreTrainedConfig, packed: bool, cases: list[tuple[str, int]]) -> dict[tuple[str, int], float]:
@@ -139,6 +145,7 @@ def test_units_of_the_upper_layers(family: str, below: int) -> None:
         "forward": dry.forward(1, SMALL_CHUNKS, upper=True).peak_at(LAYERS),
         "backprop": dry.backprop(False, SMALL_CHUNKS, upper=True).peak_at(trained + 1),
         "checkpointed": dry.backprop(True, SMALL_CHUNKS, upper=True).peak_at(trained + 1),
+        "guided": dry.guided(False, SMALL_CHUNKS, upper=True).peak_at(trained + 1),
     }
     assert family != "bert" or said["forward"] > dry.forward(1, SMALL_CHUNKS).peak_at(LAYERS)
     for name, predicted in said.items():

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
 from spryfl.federated.messages import ClientTask, ClientUpdate
 from spryfl.federated.method import Pace
 from spryfl.forward_mode.budget import chunks_of
+from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, Loss
 from spryfl.gradients.exact_head import ExactHead
@@ -91,6 +92,7 @@ class Client(Generic[BatchT]):
 
     Attributes:
         dropout: the adapter's dropout modules, active during an update; the base model's never are.
+        estimators: by name, those that a task's settings may ask for instead.
     """
 
     model: nn.Module
@@ -98,6 +100,7 @@ class Client(Generic[BatchT]):
     estimator: GradientEstimator
     training: LocalTraining
     dropout: Sequence[nn.Module] = ()
+    estimators: Mapping[str, GradientEstimator] = field(default_factory=dict)
 
     def update(self, task: ClientTask) -> ClientUpdate:
         """Perform a task: local steps on the assigned units; the model is left as it was found.
@@ -140,9 +143,14 @@ class Client(Generic[BatchT]):
         )
 
     def _estimator(self, task: ClientTask) -> GradientEstimator:
-        """The run's estimator, with as many tangents as this client has memory for and the guides it was sent."""
-        estimator = self.estimator
+        """The run's estimator or the one chosen for this client, with its settings and the guides it was sent."""
+        settings = task.settings
+        estimator = self.estimator if settings.estimator is None else self.estimators[settings.estimator]
+        if isinstance(estimator, Backprop) and settings.checkpointing is not None:
+            return replace(estimator, checkpointing=settings.checkpointing, budget_bytes=settings.checkpoint_bytes)
         if isinstance(estimator, GuidedGradient):
+            if settings.horizon is not None and settings.slopes is not None:
+                estimator = replace(estimator, horizon=settings.horizon, slopes_per=settings.slopes)
             return estimator.guided_by(task.maps, task.momentum)
         if task.settings.num_tangents is None:
             return estimator

@@ -4,7 +4,11 @@ Pure: what a client can hold is told by a function (`Fit`); whoever predicts mem
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from spryfl.gradients.backprop import Checkpointing
+from spryfl.gradients.guided import SlopesPer
 
 
 @dataclass(frozen=True)
@@ -14,10 +18,25 @@ class PassSettings:
     Attributes:
         num_tangents: K, directions a step.
         chunk_bytes: bound on a pass's temporaries.
+        estimator: chosen for this client; what follows belongs to it.
+        checkpointing, checkpoint_bytes: of backprop, and the layer inputs kept where that is "budgeted".
+        horizon, slopes: of guided tangents.
+        reason: why the estimator was chosen; no part of the settings.
     """
 
     num_tangents: int | None = None
     chunk_bytes: int | None = None
+    estimator: str | None = None
+    checkpointing: Checkpointing | None = None
+    checkpoint_bytes: int | None = None
+    horizon: int | None = None
+    slopes: SlopesPer | None = None
+    reason: str = field(default="", compare=False)
+
+    def as_row(self) -> dict[str, Any]:
+        """For a round's event; what belongs to a chosen estimator only where it is set."""
+        always = {"num_tangents": self.num_tangents, "chunk_bytes": self.chunk_bytes}
+        return always | {name: value for name, value in asdict(self).items() if value is not None and value != ""}
 
 
 Fit = Callable[[int, Sequence[str]], PassSettings | None]

@@ -81,7 +81,7 @@ class RoundReport:
         refused: clients whose update failed validation, and why.
         untrained: units nobody trained; they stay as they were.
         unheld: units no client of the cohort has the memory for.
-        settings: by client, where memory is a matter.
+        settings: by client, where memory is a matter or estimators are chosen.
         seconds: wall-clock time; client_seconds, client_cpu_seconds: the clients' computing time, added up.
     """
 

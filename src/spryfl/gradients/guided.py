@@ -69,14 +69,7 @@ class GuidedGradient:
             ModelError: a parameter lies below the layers, where no guess reaches.
         """
         names = {model.get_parameter(name): name for name in parameters}
-        with torch.enable_grad(), only_requiring_grad(model, parameters) as wanted:
-            layers = self.layers(model)
-            own = {layer: [p for p in layer.parameters() if p in names] for layer in layers}
-            lowest = min((i for i, layer in enumerate(layers) if own[layer]), default=len(layers))
-            passed = max(lowest, len(layers) - self.horizon)  # layers from here on are passed through exactly
-            traced = trace(model, loss, layers, wanted, lambda i: i >= passed or (i >= lowest and bool(own[layers[i]])))
-            exact, guided = self._carried_down(traced, own, lowest, passed)
-        _require_reached(names, own, exact, guided)
+        traced, exact, guided, lowest = self.guess_gradients(model, loss, parameters)
         gradients = {name: torch.zeros(p.shape) for p, name in names.items()}
         # A shared layer's parameter may be reached exactly in one call and by a guess in another.
         for sums in (exact, guided) if self.slopes_per == "none" else (exact,):
@@ -90,6 +83,21 @@ class GuidedGradient:
             traced.kept = {lowest: traced.kept[lowest]}
             gradients |= self._projected(model, loss, traced, lowest, directions, groups, draw)
         return GradientEstimate(gradients, float(traced.loss), None, num_examples)
+
+    def guess_gradients(
+        self, model: nn.Module, loss: Loss, parameters: Sequence[str]
+    ) -> tuple[Trace, GradientSums, GradientSums, int]:
+        """Without slopes: the traced pass, exact and guessed gradients, and the lowest layer that has parameters."""
+        names = {model.get_parameter(name): name for name in parameters}
+        with torch.enable_grad(), only_requiring_grad(model, parameters) as wanted:
+            layers = self.layers(model)
+            own = {layer: [p for p in layer.parameters() if p in names] for layer in layers}
+            lowest = min((i for i, layer in enumerate(layers) if own[layer]), default=len(layers))
+            passed = max(lowest, len(layers) - self.horizon)  # layers from here on are passed through exactly
+            traced = trace(model, loss, layers, wanted, lambda i: i >= passed or (i >= lowest and bool(own[layers[i]])))
+            exact, guided = self._carried_down(traced, own, lowest, passed)
+        _require_reached(names, own, exact, guided)
+        return traced, exact, guided, lowest
 
     def _carried_down(
         self, traced: Trace, own: Mapping[nn.Module, list[nn.Parameter]], lowest: int, passed: int

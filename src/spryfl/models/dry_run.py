@@ -22,6 +22,7 @@ from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run
 from spryfl.forward_mode.inject import injected
 from spryfl.forward_mode.next_token import next_token_logits, takes_positions
 from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.guided import GuidedGradient
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import AdapterSize, PassCost
 from spryfl.models.adapters import adapt, dropout_modules, own_modules
@@ -102,6 +103,14 @@ class DryRun:
     ) -> PassCost:
         """Reverse mode, storing every activation or each layer's input; `upper` as above."""
         return self._cost(("differentiate", checkpointed), chunk_bytes, upper)
+
+    def guided(self, horizon: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES, *, upper: bool = False) -> PassCost:
+        """A guessed gradient in every layer, each layer's input kept; the pass that takes slopes is `forward`.
+
+        Args:
+            horizon: the last layer is passed through exactly.
+        """
+        return self._cost(("guide", horizon), chunk_bytes, upper)
 
     @cached_property
     def models(self) -> "dict[int, HollowModel]":
@@ -192,6 +201,10 @@ class HollowModel:
     def differentiate(self, checkpointed: bool, upper: bool = False) -> None:
         estimator = Backprop("per_layer" if checkpointed else "none", layer_calls)
         estimator.loss_and_gradient(self.model, self.loss, self.upper_names if upper else self.names)
+
+    def guide(self, horizon: bool, upper: bool = False) -> None:
+        estimator = GuidedGradient(layer_calls, horizon=int(horizon))
+        estimator.guess_gradients(self.model, self.loss, self.upper_names if upper else self.names)
 
 
 class PassMeter(ActivationMeter):

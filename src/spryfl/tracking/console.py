@@ -48,6 +48,7 @@ class ConsoleObserver:
         self._label = ""
         self._up = self._down = 0
         self._unheld: tuple[str, ...] = ()
+        self._chosen: set[tuple[str, ...]] = set()
 
     def __enter__(self) -> "ConsoleObserver":
         self._progress.start()
@@ -87,6 +88,7 @@ class ConsoleObserver:
             self._unheld = event.unheld
             text = f"round {event.round}: no client of the cohort has the memory for {', '.join(event.unheld)}"
             self._console.print(f"[yellow]{text}", highlight=False, soft_wrap=True)
+        self._print_choices(event)
         if not self._console.is_terminal and event.accuracy is not None:
             loss = "" if event.loss is None else f", loss {event.loss:.3f}"
             self._console.print(
@@ -95,6 +97,16 @@ class ConsoleObserver:
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _print_choices(self, event: RoundEvent) -> None:
+        """Each chosen estimator of each budget once, with the reason where it was first chosen."""
+        for own in event.settings:
+            name, _, why = str(own.get("reason", "")).partition(": ")
+            key = (name, why.partition(" with ")[0] if why.startswith("fits ") else "")
+            if name and (self._label, *key) not in self._chosen:
+                self._chosen.add((self._label, *key))
+                text = f"round {event.round}: client {own['client']} uses {name}: {why}"
+                self._console.print(text, highlight=False, soft_wrap=True)
 
     def finished(self, summary: Summary) -> None:
         """See `Observer.finished`."""

@@ -17,7 +17,8 @@ class RoundEvent:
         peak_activation_bytes: the largest measured so far.
         failures, refused: "client: reason".
         untrained: units nobody trained; unheld: units that no client of the cohort has the memory for.
-        settings: of each client, where memory is a matter: client, num_tangents, chunk_bytes.
+        settings: of each client, where memory is a matter or its estimator is chosen: client, num_tangents,
+            chunk_bytes, and of a chosen estimator its name, settings and the reason (`PassSettings`).
         guess_cosine: mean cosine of guessed and true gradients on public text, where the server measured it.
         maps_fitted: whether it fitted the backward maps anew before this round's end.
     """

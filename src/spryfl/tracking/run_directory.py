@@ -3,6 +3,7 @@
 config.toml             the whole configuration
 events.jsonl            one round a line
 checkpoint.safetensors  the state after the last round
+estimator-choice.json   what the choice of clients' estimators rests on, where they are chosen
 adapter/                the trained adapter and head, in PEFT's format
 summary.json            once the run is done
 *.png                   plots
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import save
 
 from spryfl.config import RunConfig, load_config
 from spryfl.errors import RunDirectoryError
+from spryfl.federated.choosing import Calibration
 from spryfl.federated.rounds import FederatedState
 from spryfl.tracking.events import RoundEvent, Summary
 
@@ -44,6 +46,10 @@ class RunDirectory:
     @property
     def checkpoint_file(self) -> Path:
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def choice_file(self) -> Path:
+        return self.path / "estimator-choice.json"
 
     @property
     def summary_file(self) -> Path:
@@ -110,6 +116,19 @@ class RunDirectory:
             part, _, key = name.partition("/")
             parts[part][key] = tensor
         return FederatedState(round, parts["values"], parts["moments"], parts["maps"])
+
+    def write_calibration(self, calibration: Calibration) -> None:
+        write_atomically(self.choice_file, (json.dumps(asdict(calibration), indent=2) + "\n").encode())
+
+    def read_calibration(self) -> Calibration | None:
+        """What was measured when the run began; None if it was not yet."""
+        if not self.choice_file.is_file():
+            return None
+        try:
+            row = json.loads(self.choice_file.read_text(encoding="utf-8"))
+            return Calibration(row["speeds"], {int(place): cosine for place, cosine in row["cosines"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunDirectoryError(f"{self.choice_file}: not of ours, or damaged: {error}") from error
 
     def write_summary(self, summary: Summary) -> None:
         write_atomically(self.summary_file, (json.dumps(summary.as_row(), indent=2) + "\n").encode())
