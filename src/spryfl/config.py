@@ -173,7 +173,7 @@ class PartitionConfig(Part):
         return self
 
 
-NOT_OF_SLOPES: dict[Estimator, str] = {
+NOT_OF_SLOPES: dict[str, str] = {
     "backprop": "directions are not drawn from a seed",
     "guided": "directions are not drawn from a seed",
     "bottleneck": "gradient takes the client's hidden states too",

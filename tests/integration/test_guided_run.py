@@ -170,7 +170,9 @@ def gradient_cosines(bench: Workbench, state: FederatedState) -> dict[str, float
 
 def gradient(estimator: Any, bench: Workbench, data: Any, batch: Any, names: list[str], client: int) -> Any:
     draw = DirectionStream(0, 1, client).at_step(0)
-    return estimator.estimate(bench.adapted.model, lambda m: data.loss(m, batch), names, draw, 1).gradients.values()
+    return estimator.estimate(
+        bench.adapted.model, lambda m: data.losses(m, batch).mean(), names, draw, 1
+    ).gradients.values()
 
 
 # Maps for a prompt, fitted once.

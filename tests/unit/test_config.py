@@ -19,7 +19,7 @@ from spryfl.workbench import ESTIMATORS
         ({"servers": {}}, "unknown key 'servers'. Did you mean 'server'?"),
         ({"num_rounds": 3}, "It belongs to server.num_rounds"),
         ({"method": {"name": "sprry"}}, "unknown method 'sprry'. Did you mean 'spry'?"),
-        ({"method": {"name": "fedavg", "upload": "slopes"}}, "leave upload out"),
+        ({"method": {"name": "fedavg", "upload": "slopes"}}, "set upload = 'values'"),
         (
             {"method": {"estimator": "bottleneck", "upload": "slopes"}},
             "estimator 'bottleneck', whose gradient takes the client's hidden states too; set upload = 'values'",

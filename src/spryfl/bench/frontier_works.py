@@ -206,6 +206,13 @@ VARIANTS: dict[str, Variant] = {
             encoder_only=True,
         ),
         Variant("forward", "K=8", {"method.name": "spry", "method.num_tangents": 8}, rates_of="forward K=1"),
+        Variant(
+            "bottleneck, frozen B",
+            "K=1",
+            {"method.name": "spry_bottleneck", "adapter.frozen": "b", "method.exact_head": True},
+            rates_of="forward K=1",
+            encoder_only=True,
+        ),
         Variant("guided maps, momentum", "h=0", MAPS | {"guide.momentum": True}, maps=True, rates_of="guess maps h=0"),
         Variant(
             "forward, LoRA-XS",
