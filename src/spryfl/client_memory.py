@@ -9,7 +9,8 @@ from spryfl.errors import ConfigError
 from spryfl.federated.fitting import PassSettings
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES
 from spryfl.gradients.bottleneck import bottlenecks
-from spryfl.gradients.tangents import TangentsPer, tangent_groups
+from spryfl.gradients.kinds import TangentsPer
+from spryfl.gradients.tangents import tangent_groups
 from spryfl.memory.plan import PROCESS_BYTES, adapter_state_bytes
 from spryfl.models.adapters import frozen_tensors
 from spryfl.models.dry_run import DryRun, Work

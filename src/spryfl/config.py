@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from spryfl.errors import ConfigError, nearest
 from spryfl.federated.method import METHODS, Estimator
-from spryfl.gradients.tangents import Distribution, TangentsPer
+from spryfl.gradients.kinds import Distribution, TangentsPer
 from spryfl.sizes import parse_size
 
 if sys.version_info >= (3, 11):

@@ -21,7 +21,7 @@ from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, Loss
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.guided import GuidedGradient
-from spryfl.gradients.tangents import Distribution, TangentsPer
+from spryfl.gradients.kinds import Distribution, TangentsPer
 
 BatchT = TypeVar("BatchT")
 

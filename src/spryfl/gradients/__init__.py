@@ -1,6 +1,6 @@
 """How a client estimates the gradient of its units.
 
-Three estimators behind one protocol: the forward gradient (forward mode), zeroth order (finite
-differences) and backprop (reverse mode). Imports torch and nothing of ours but errors and
+Estimators behind one protocol: forward gradients along random directions, at the bottleneck, and along guesses;
+zeroth order (finite differences); backprop (reverse mode). Imports torch and nothing of ours but errors and
 forward_mode.
 """

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spryfl.gradients.tangents import Distribution, Draw, Groups
+from spryfl.gradients.kinds import Distribution
+from spryfl.gradients.tangents import Draw, Groups
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from math import sqrt
 
 from spryfl.gradients.guided import SlopesPer
-from spryfl.gradients.tangents import SPREADS, Distribution
+from spryfl.gradients.kinds import Distribution
+from spryfl.gradients.tangents import SPREADS
 
 EXACT = 1.0
 IDENTITY_COSINES = (EXACT, 0.24, 0.05, 0.03)

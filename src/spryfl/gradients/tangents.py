@@ -13,16 +13,14 @@ central difference of the zeroth order is such a pair already.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spryfl.errors import ConfigError, SpryError
+from spryfl.gradients.kinds import Distribution, TangentsPer
 
-Distribution = Literal["gaussian", "rademacher", "orthogonal", "coordinate"]
-TangentsPer = Literal["step", "unit", "tensor"]
 Shapes = Mapping[str, torch.Size]
 Groups = tuple[tuple[str, ...], ...]
 """Names of the parameters of each group."""
