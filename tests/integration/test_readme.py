@@ -6,11 +6,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from spryfl.bench.memory_report import headline
+from spryfl.bench.frontier_report import headline as frontier_headline
+from spryfl.bench.memory_report import headline as memory_headline
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -57,9 +60,10 @@ def test_make_knows_the_readmes_targets(command: str) -> None:
         assert "spry run demo" in done.stdout
 
 
-def test_the_readmes_figures_are_the_results() -> None:
-    rows = json.loads((ROOT / "docs/results/memory.json").read_text())
-    block = (ROOT / "README.md").read_text().split("<!-- memory -->\n")[1].split("<!-- /memory -->")[0]
+@pytest.mark.parametrize(("name", "headline"), [("memory", memory_headline), ("frontier", frontier_headline)])
+def test_the_readmes_figures_are_the_results(name: str, headline: Callable[[list[dict[str, Any]]], str]) -> None:
+    rows = json.loads((ROOT / f"docs/results/{name}.json").read_text())
+    block = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
     assert block == headline(rows)
 
 

@@ -41,6 +41,31 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+SHOWN = ("head alone", "zeroth order", "forward K=1", "guess maps h=0", "guided maps h=0", "backprop split", "backprop")
+"""In the README, by estimator and dial."""
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The README's table: a line for each estimator, accuracy, CPU seconds and activation peak of each task."""
+    tasks = {task: own for task, own in _by(rows, "task").items() if any(r["estimator"] == "backprop" for r in own)}
+    lines = [
+        "| estimator | " + " | ".join(f"{task}: accuracy, CPU s, peak (MB)" for task in tasks) + " |",
+        "| --- |" + " ---: |" * len(tasks),
+    ]
+    for name in SHOWN:
+        cells = []
+        for own in tasks.values():
+            found = [r for r in own if f"{r['estimator']} {r['dial']}".strip() == name]
+            peak = max((r["activation_peak_bytes"] for r in found), default=0) / 1e6
+            cpu = mean(r["client_cpu_seconds"] for r in found) if found else 0.0
+            cells.append(f"{mean(r['accuracy'] for r in found):.3f}, {cpu:,.0f}, {peak:.1f}" if found else "")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    zero_shot = [f"{task} {own[0]['accuracy_before']:.3f}" for task, own in tasks.items() if "prompted" in task]
+    note = f"\nZero-shot: {', '.join(zero_shot)}.\n" if zero_shot else ""
+    return "\n".join(lines) + "\n" + note
+
+
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against activation peak and against client compute: a curve for each estimator along its dial."""
     import matplotlib
