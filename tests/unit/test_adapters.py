@@ -44,7 +44,16 @@ TRAINED = {  # of a module of 32 x 32
 
 
 def test_every_kind_is_tested() -> None:
-    assert {config.kind for config in KINDS.values()} == set(ADAPTERS)
+    assert {config.kind for config in KINDS.values()} | {"head"} == set(ADAPTERS)
+
+
+def test_the_head_alone() -> None:
+    """Nothing else is trained; a task without a head is refused."""
+    head = AdapterConfig(kind="head")
+    model = build("bert", adapter=head)
+    assert {unit.name for unit in trainable_units(model)} == {"head"}
+    with pytest.raises(ModelError, match="trains no head"):
+        build("llama", adapter=head, task="prompted")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -109,7 +109,7 @@ def test_tables_agree() -> None:
 def test_the_demo_is_valid_and_fair() -> None:
     demo = load_config(find_preset("demo"))
     assert (demo.partition.num_clients, demo.server.cohort_size, demo.partition.alpha) == (100, 10, 1.0)
-    assert demo.method.name == "spry_guided"
+    assert demo.method.name == "spry"
     compared = demo.compared()
     assert {"fedyogi", "fedmezo"} <= {config.method.name for config in compared.values()}
     assert any(c.method.checkpointing == "per_layer" for c in compared.values())

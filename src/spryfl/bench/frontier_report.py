@@ -41,7 +41,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-SHOWN = ("head alone", "zeroth order", "forward K=1", "guess maps h=0", "guided maps h=0", "backprop split", "backprop")
+SHOWN = ("head alone", "guess maps h=0", "guided maps h=0", "backprop split", "backprop")
 """In the README, by estimator and dial."""
 
 
