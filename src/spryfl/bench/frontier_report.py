@@ -96,7 +96,8 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
                 for x, y, dial in points:
                     if len(points) > 1:
                         axis.annotate(dial, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-            axis.set(xlabel=label, ylabel="accuracy", title=task, xscale="log")
+            axis.set(xlabel=label, ylabel="accuracy", title=task)
+            axis.set_xlim(left=0)
             axis.grid(alpha=0.3)
     handles = {}
     for axis in axes.flat:
