@@ -155,7 +155,7 @@ class Workbench:
     def _require_dimensions(self) -> None:
         """Refuse more orthogonal tangents than the least that a client may train has dimensions."""
         method, federation = self.config.method, self.federation
-        if METHODS[method.name].estimator == "backprop" and method.own_estimator != "auto":
+        if method.own_estimator in ("backprop", "guided"):
             return
 
         def size(group: Sequence[str]) -> int:

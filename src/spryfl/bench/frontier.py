@@ -38,7 +38,7 @@ def run_frontier(
                     continue
                 say(f"{task}, {name}, seed {seed}")
                 config = _config(task, VARIANTS[name], data, tuned, seed)
-                _run(config, out / "runs" / task / f"{_slug(name)}-{seed}")
+                _run(config, run_folder(out, task, name, seed))
     return collect(out)
 
 
@@ -111,7 +111,7 @@ def _run(config: RunConfig, folder: Path) -> Any:
 def _finished(out: Path, task: str, name: str) -> Iterator[Row]:
     variant = VARIANTS[name]
     for seed in SEEDS:
-        directory = RunDirectory(out / "runs" / task / f"{_slug(name)}-{seed}")
+        directory = RunDirectory(run_folder(out, task, name, seed))
         summary = directory.read_summary()
         if summary is None:
             continue
@@ -165,6 +165,11 @@ def _check(tasks: Sequence[str], variants: Sequence[str], data: Path) -> None:
     missing = [task for task in tasks if not (data / TASKS[task].data / "train.parquet").is_file()]
     if missing:
         raise SpryError(f"--data {data}: no folder {TASKS[missing[0]].data} with train.parquet and test.parquet in it")
+
+
+def run_folder(out: Path, task: str, name: str, seed: int) -> Path:
+    """Where a variant's run lies."""
+    return out / "runs" / task / f"{_slug(name)}-{seed}"
 
 
 def _slug(name: str) -> str:

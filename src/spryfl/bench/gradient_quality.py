@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spryfl.bench.frontier import run_folder
 from spryfl.bench.frontier_works import TASKS, VARIANTS, settings_of
 from spryfl.config import parse_config, with_overrides
 from spryfl.errors import SpryError
@@ -47,7 +48,7 @@ def measure_quality(task: str, data: Path, out: Path) -> list[Row]:
     Raises:
         SpryError: the run that gives the trained values is not finished.
     """
-    trained = RunDirectory(out / "runs" / task / f"{TRAINED.replace(' ', '-')}-0").read_checkpoint()
+    trained = RunDirectory(run_folder(out, task, TRAINED, 0)).read_checkpoint()
     if trained is None:
         raise SpryError(f"gradient quality of {task} needs its run: spry bench frontier --task {task} --seed 0")
     rows = []
