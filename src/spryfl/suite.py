@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spryfl.config import RunConfig
+from spryfl.config import RunConfig, compared_configs
 from spryfl.report.plots import plot_comparison
 from spryfl.run import run, with_absolute_paths
 from spryfl.tracking.events import Observer, Summary
@@ -28,7 +28,7 @@ def run_suite(config: RunConfig, path: Path, observers: ObserversOf = lambda dir
 def resume_suite(directory: RunDirectory, observers: ObserversOf = lambda directory: ()) -> list[Summary]:
     """Do what is left of a run and of those it is compared with; what is done is not repeated."""
     config = directory.read_config()
-    compared = config.compared()
+    compared = compared_configs(config)
     summaries = [run(config, directory, observers(directory), suite_labels(config)[0])]
     for name, label in zip(compared, suite_labels(config)[1:], strict=True):
         own = directory.compared(name)

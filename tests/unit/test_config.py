@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spryfl.config import ADAPTER_KINDS, load_config, parse_config
+from spryfl.config import ADAPTER_KINDS, compared_configs, load_config, parse_config
 from spryfl.errors import ConfigError
 from spryfl.federated.method import METHODS
 from spryfl.models.adapters import ADAPTERS
@@ -110,7 +110,7 @@ def test_the_demo_is_valid_and_fair() -> None:
     demo = load_config(find_preset("demo"))
     assert (demo.partition.num_clients, demo.server.cohort_size, demo.partition.alpha) == (100, 10, 1.0)
     assert demo.method.name == "spry"
-    compared = demo.compared()
+    compared = compared_configs(demo)
     assert {"fedyogi", "fedmezo"} <= {config.method.name for config in compared.values()}
     assert any(c.method.checkpointing == "per_layer" for c in compared.values())
     for config in compared.values():  # the same budget

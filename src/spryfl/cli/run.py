@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spryfl.config import RunConfig, load_config
+from spryfl.config import RunConfig, compared_configs, load_config
 from spryfl.errors import SpryError
 from spryfl.presets import find_preset
 
@@ -85,4 +85,4 @@ def _free_directory(stem: str) -> Path:
 
 
 def _rounds(config: RunConfig) -> list[int]:
-    return [config.server.num_rounds, *(other.server.num_rounds for other in config.compared().values())]
+    return [config.server.num_rounds, *(other.server.num_rounds for other in compared_configs(config).values())]

@@ -1,0 +1,103 @@
+"""The federated method, and what its estimator is given."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from spryfl.config.part import Part, Positive, PositiveFloat, Size
+from spryfl.errors import nearest
+from spryfl.federated.method import METHODS, Estimator
+from spryfl.gradients.kinds import Distribution, TangentsPer
+
+NOT_OF_SLOPES: dict[str, str] = {
+    "backprop": "directions are not drawn from a seed",
+    "guided": "directions are not drawn from a seed",
+    "bottleneck": "gradient takes the client's hidden states too",
+    "auto": "directions may be guessed ones, or none at all",
+}
+"""Estimators that no server can follow from slopes, and why."""
+
+
+class MethodConfig(Part):
+    """The federated method and its estimator's settings."""
+
+    name: str = "spry"
+    estimator: Estimator | Literal["auto"] | None = Field(
+        None,
+        description="how clients estimate gradients, the method's own by default; auto: what goes furthest in a second "
+        "of what fits each client",
+    )
+    num_tangents: Positive = Field(1, description="K: directions a step; unused by backprop")
+    distribution: Distribution = Field(
+        "gaussian", description="of directions; orthogonal and coordinate ones give the exact gradient at K = d"
+    )
+    tangents_per: TangentsPer = Field("step", description="K directions for all parameters, or for each unit or tensor")
+    shrinkage: bool = Field(False, description="scale the estimate to the least squared error; no matter to Adam")
+    exact_head: bool = Field(
+        False, description="give the head its exact gradient, at no further pass; backprop and guided always do"
+    )
+    chunk: Size | None = Field(None, description="bound on a pass's temporaries, 32MiB by default; changes no result")
+    step_size: PositiveFloat = Field(1e-3, description="h of the zeroth-order difference")
+    checkpointing: Literal["none", "per_layer", "budgeted"] = Field("none", description="of backprop")
+    budget: Size | None = Field(None, description="budgeted: bytes of layer inputs kept, such as '64MiB' or '1.5GB'")
+    head: Literal["every", "cycle"] = Field("every", description="the head goes to every client, or takes its turn")
+    rotate: bool = Field(True, description="start the cycle one unit further each round")
+    upload: Literal["values", "slopes"] | None = Field(None, description="what travels up; the method's own by default")
+
+    @model_validator(mode="after")
+    def _known_and_possible(self) -> "MethodConfig":
+        if self.name not in METHODS:
+            raise ValueError(f"unknown method '{self.name}'.{nearest(self.name, METHODS)} See: spry list methods")
+        if (self.upload or METHODS[self.name].upload) == "slopes" and self.own_estimator in NOT_OF_SLOPES:
+            raise ValueError(
+                f"upload = 'slopes': nothing can be rebuilt from them with estimator '{self.own_estimator}', whose "
+                f"{NOT_OF_SLOPES[self.own_estimator]}; set upload = 'values' or another method"
+            )
+        if self.own_estimator == "bottleneck" and (self.distribution in ("orthogonal", "coordinate") or self.shrinkage):
+            raise ValueError(
+                "estimator = 'bottleneck' draws independent directions for every example, unscaled: leave shrinkage "
+                "out, and set distribution = 'gaussian' or 'rademacher'"
+            )
+        if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
+            raise ValueError("exact_head: the head's gradient cannot be rebuilt from slopes; set upload = 'values'")
+        if self.estimator == "auto" and self.checkpointing != "none":
+            raise ValueError(f"checkpointing = '{self.checkpointing}': estimator = 'auto' chooses it; leave it out")
+        if self.checkpointing == "budgeted" and self.budget is None:
+            raise ValueError("checkpointing = 'budgeted' needs a budget, such as budget = '64MiB'")
+        if self.budget is not None and self.checkpointing != "budgeted":
+            raise ValueError(f"budget belongs to checkpointing = 'budgeted', not '{self.checkpointing}': leave it out")
+        return self
+
+    @property
+    def own_estimator(self) -> Estimator | Literal["auto"]:
+        """The estimator asked for, or the method's own."""
+        return self.estimator or METHODS[self.name].estimator
+
+
+class GuideConfig(Part):
+    """Guided tangents: where their directions come from, and how the server keeps backward maps."""
+
+    guess: Literal["identity", "maps"] = Field("identity", description="what the layers between count as")
+    horizon: int = Field(0, ge=0, description="layers, from the top, that are back-propagated through exactly")
+    slopes: Literal["none", "step", "unit", "tensor"] = Field(
+        "unit", description="one slope a step, a unit or a tensor; none takes the guess as it is, for a pass less"
+    )
+    explore: bool = Field(False, description="add a random tangent orthogonal to the guess: unbiased, noisier")
+    momentum: bool = Field(False, description="take the slope along the server's momentum too")
+    maps: str | None = Field(None, description="backward maps written by spry fit-maps")
+    text: str | None = Field(None, description="public text: the server fits maps on it, and anew when they drift")
+    text_columns: tuple[str, ...] | None = Field(None, description="in the public text; data.text_columns by default")
+    num_texts: Positive = 512
+    rank: Positive = Field(32, description="directions of the last hidden state's gradient that maps carry, at most")
+    across: bool = Field(True, description="model the gradient on other tokens than the one the loss sits on")
+    ridge: PositiveFloat = 1e-3
+    check_every: Positive = Field(5, description="rounds after which the server measures the maps' cosine again")
+    refit_below: float = Field(0.9, ge=0, le=1, description="refit when it falls below this part of the first one")
+
+    @model_validator(mode="after")
+    def _maps_have_a_source(self) -> "GuideConfig":
+        if self.guess == "maps" and self.maps is None and self.text is None:
+            raise ValueError("guess = 'maps' needs maps (a file written by spry fit-maps) or text (to fit them on)")
+        if self.guess != "maps" and (self.maps is not None or self.text is not None):
+            raise ValueError(f"maps and text belong to guess = 'maps', not '{self.guess}': set that, or leave them out")
+        return self

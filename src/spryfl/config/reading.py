@@ -1,0 +1,100 @@
+"""From a TOML file or nested tables to a run's configuration; every problem at once, each with its remedy."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from spryfl.config.run import CompareConfig, RunConfig
+from spryfl.errors import ConfigError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's TOML file and apply `part.key=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or holds unknown keys or impossible values.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Start one with: spry init {path.name}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    config = parse_config(with_overrides(table, dict(map(_parse_override, overrides))))
+    compared_configs(config)  # a mistake in a later run must show before the first one starts
+    return config
+
+
+def parse_config(table: Mapping[str, Any]) -> RunConfig:
+    """Validate a configuration given as nested tables; all problems are reported at once."""
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(dict(problem)) for problem in error.errors())) from None
+
+
+def compared_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """The configuration of each `compare` entry, by its name."""
+    base = config.model_dump(exclude_none=True, exclude={"compare", "label"})
+    return {entry.name: parse_config(with_overrides(base, entry.set)) for entry in config.compare}
+
+
+def with_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested tables in which each dotted key is set."""
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    for dotted, value in overrides.items():
+        target = result
+        *parts, key = dotted.split(".")
+        for part in parts:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{dotted}: '{part}' is a value, not a table of keys")
+        target[key] = value
+    return result
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: write it as part.key=value, such as server.num_rounds=10")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()  # a bare word is a string: no quotes needed on the command line
+    return key.strip(), value
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """One line for one pydantic error, with the nearest known key where one is unknown."""
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, key = (str(part) for part in problem["loc"])
+        known = _fields(parents)
+        home = [f"{part}.{key}" for part in RunConfig.model_fields if key in _fields([part])]
+        hint = nearest(key, known) or (f" It belongs to {home[0]}." if home else "")
+        return f"unknown key '{path}'." + (hint or f" Known here: {', '.join(known)}.")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
+    return f"{path}: {message}{shown}" if path else f"{message}{shown}"
+
+
+def _fields(parents: Sequence[str]) -> list[str]:
+    """The keys known at a path of tables."""
+    part: type[BaseModel] = RunConfig
+    for parent in parents:
+        if parent.isdigit():
+            part = CompareConfig
+            continue
+        annotation = part.model_fields[parent].annotation if parent in part.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            part = annotation
+    return list(part.model_fields)

@@ -1,0 +1,84 @@
+"""A whole run: its parts, and what must hold between them."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from spryfl.config.data import DataConfig, PartitionConfig, TaskConfig
+from spryfl.config.method import GuideConfig, MethodConfig
+from spryfl.config.model import AdapterConfig, ModelConfig
+from spryfl.config.part import Part
+from spryfl.config.training import ClientsConfig, EvaluationConfig, LocalConfig, RuntimeConfig, ServerConfig
+from spryfl.errors import nearest
+from spryfl.federated.method import METHODS
+
+
+class CompareConfig(Part):
+    """One more run beside the main one, equal but for what `set` overrides."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="names its folder under compare/")
+    label: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value")
+
+
+class RunConfig(Part):
+    """A whole run."""
+
+    label: str | None = Field(None, description="what displays and tables call the run; the method by default")
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
+    partition: PartitionConfig = PartitionConfig()
+    method: MethodConfig = MethodConfig()
+    guide: GuideConfig = GuideConfig()
+    local: LocalConfig = LocalConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    clients: ClientsConfig = ClientsConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    compare: tuple[CompareConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> "RunConfig":
+        if self.partition.kind != "column" and self.server.cohort_size > self.partition.num_clients:
+            raise ValueError(
+                f"server.cohort_size = {self.server.cohort_size} exceeds partition.num_clients = "
+                f"{self.partition.num_clients}: lower the cohort or raise the number of clients"
+            )
+        server = self.server.optimizer or METHODS[self.method.name].server
+        if self.guide.momentum and server == "sgd":
+            raise ValueError("guide.momentum: server.optimizer = 'sgd' keeps no momentum; choose 'yogi' or 'adam'")
+        trains_a = self.adapter.kind == "lora" and self.adapter.frozen != "a"
+        if self.method.own_estimator == "bottleneck" and not trains_a:
+            raise ValueError(
+                "method.estimator = 'bottleneck' perturbs the output of LoRA's A, which this adapter does not train: "
+                "set adapter.kind = 'lora' with frozen = 'b' (or 'none'), or method.estimator = 'forward'"
+            )
+        names = [entry.name for entry in self.compare]
+        if len(set(names)) < len(names):
+            raise ValueError(f"compare: names must differ, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _template_takes_the_columns(self) -> "RunConfig":
+        if self.task.kind != "prompted":
+            return self
+        columns = self.data.text_columns
+        try:
+            fields = {column for _, column in self.task.pieces if column is not None}
+        except ValueError as error:
+            raise ValueError(f"task.template: {error}; a brace that is no column is doubled, {{{{ or }}}}") from None
+        for field in sorted(fields.difference(columns)):
+            raise ValueError(
+                f"task.template: '{{{field}}}' is not among data.text_columns = {list(columns)}."
+                f"{nearest(field, columns)} Add it there, or double the braces if it is no column"
+            )
+        for column in columns:
+            if column not in fields:
+                raise ValueError(
+                    f"task.template: has no {{{column}}}, which is among data.text_columns: put it into the template, "
+                    "or take it out there"
+                )
+        return self
