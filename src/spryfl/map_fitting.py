@@ -13,7 +13,7 @@ from spryfl.models.fingerprint import base_fingerprint
 from spryfl.models.loading import load_model
 from spryfl.models.map_file import write_maps
 from spryfl.models.units import parameters_of
-from spryfl.workbench import TASKS
+from spryfl.tasks import TASKS
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.config import RunConfig
-from spryfl.data.classification import Batch
+from spryfl.data.examples import Batch
 from spryfl.data.public_text import load_public_text
+from spryfl.data.task import Task
 from spryfl.errors import DataError
 from spryfl.federated.client import loaded
 from spryfl.federated.rounds import FederatedState
@@ -26,7 +27,8 @@ from spryfl.models.fingerprint import base_fingerprint
 from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel
 from spryfl.models.map_file import read_maps
-from spryfl.workbench import Encode, Task, Workbench
+from spryfl.tasks import Encode
+from spryfl.workbench import Workbench
 
 BATCH = 16
 HELD_OUT = 4  # batches
@@ -134,4 +136,4 @@ class MapKeeper:
 
 
 def _loss(task: Task, batch: Batch, model: nn.Module) -> Tensor:
-    return task.loss(model, batch)
+    return task.losses(model, batch).mean()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from spryfl.config import RunConfig
+from spryfl.data.task import Evaluation
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.messages import Runtime
 from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
@@ -57,7 +58,7 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
             state, report = run_round(state, federation, runtime)
             state, cosine, fitted = keeper.keep(state)
             due = state.round % config.evaluation.every == 0 or state.round == config.server.num_rounds
-            evaluated = bench.evaluate(state.values) if due else (None, None)
+            evaluated = bench.evaluate(state.values) if due else None
             event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
             event = replace(event, guess_cosine=cosine, maps_fitted=fitted)
             events.append(_announce(event, directory, observers))
@@ -118,13 +119,14 @@ def _announce(event: RoundEvent, directory: RunDirectory, observers: Sequence[Ob
 
 def _before_training(bench: Workbench, state: FederatedState) -> RoundEvent:
     started = time.perf_counter()
-    test_loss, accuracy = bench.evaluate(state.values)
+    evaluated = bench.evaluate(state.values)
     return RoundEvent(
         round=0,
         method=bench.config.method.name,
         loss=None,
-        accuracy=accuracy,
-        test_loss=test_loss,
+        accuracy=evaluated.metrics.get("accuracy"),
+        test_loss=evaluated.loss,
+        metrics=dict(evaluated.metrics),
         bytes_up=0,
         bytes_down=0,
         seconds=time.perf_counter() - started,
@@ -137,7 +139,7 @@ def _before_training(bench: Workbench, state: FederatedState) -> RoundEvent:
 def _round_event(
     config: RunConfig,
     report: RoundReport,
-    evaluated: tuple[float | None, float | None],
+    evaluated: Evaluation | None,
     previous: RoundEvent,
     seconds: float,
 ) -> RoundEvent:
@@ -145,8 +147,9 @@ def _round_event(
         round=report.round,
         method=config.method.name,
         loss=report.loss,
-        accuracy=evaluated[1],
-        test_loss=evaluated[0],
+        accuracy=None if evaluated is None else evaluated.metrics.get("accuracy"),
+        test_loss=None if evaluated is None else evaluated.loss,
+        metrics={} if evaluated is None else dict(evaluated.metrics),
         bytes_up=report.bytes_up,
         bytes_down=report.bytes_down,
         seconds=seconds,
@@ -185,8 +188,12 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         client_memory=config.clients.memory,
         num_clients=bench.federation.num_clients,
         cohort_size=bench.federation.cohort_size,
-        accuracy_before=_known(events[0].accuracy),
-        accuracy=_known(last.accuracy),
+        accuracy_before=events[0].accuracy,
+        accuracy=last.accuracy,
+        metric=next(iter(last.metrics), "accuracy"),
+        score_before=_known(events[0].score),
+        score=_known(last.score),
+        metrics=last.metrics,
         loss=_known(last.loss),
         test_loss=_known(last.test_loss),
         trainable_parameters=bench.adapted.num_trainable,

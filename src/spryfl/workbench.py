@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding
 
 from spryfl.client_choice import ClientChoice, client_choice
 from spryfl.client_memory import ClientMemory, client_memory
-from spryfl.config import RunConfig, TaskKind
-from spryfl.data.classification import Batch, Classification, Examples, tokenize
-from spryfl.data.loading import LabelledRows, load_rows
+from spryfl.config import RunConfig
+from spryfl.data.examples import Batch, Examples
+from spryfl.data.loading import load_rows
 from spryfl.data.partition import Partition, partition_rows
-from spryfl.data.prompted import PromptedClassification, label_tokens, tokenize_prompts
+from spryfl.data.task import Evaluation, Task
 from spryfl.errors import ConfigError, DataError, nearest
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import FederatedState, Federation
 from spryfl.federated.server_optimizer import ServerUpdate, default_learning_rate
-from spryfl.forward_mode.next_token import takes_positions
 from spryfl.forward_mode.support import require_support
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.bottleneck import BottleneckGradient
@@ -38,6 +34,7 @@ from spryfl.models.adapters import dropout_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel, load_model
 from spryfl.models.units import HEAD, parameters_of
+from spryfl.tasks import TASKS, Encode
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
     "forward": lambda config: ForwardGradient(config.method.num_tangents),
@@ -48,30 +45,6 @@ ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
     ),
     "backprop": lambda config: Backprop(config.method.checkpointing, layer_calls, config.method.budget),
 }
-
-Task = Classification | PromptedClassification
-Encode = Callable[[Dataset], Examples]
-
-
-def _classification(config: RunConfig, rows: LabelledRows, adapted: AdaptedModel) -> tuple[Task, Encode]:
-    tokenizer = adapted.tokenizer
-    task = Classification(DataCollatorWithPadding(tokenizer), adapted.model.device)
-    return task, lambda split: tokenize(split, config.data, tokenizer)
-
-
-def _prompted(config: RunConfig, rows: LabelledRows, adapted: AdaptedModel) -> tuple[Task, Encode]:
-    tokenizer, device = adapted.tokenizer, adapted.model.device
-    words = torch.tensor(label_tokens(config.data, config.task, tokenizer, rows.label_names), device=device)
-    positions = takes_positions(adapted.model.get_base_model())
-    task = PromptedClassification(words, tokenizer.pad_token_id, positions, device)
-    return task, lambda split: tokenize_prompts(split, config.data, config.task, tokenizer)
-
-
-TASKS: dict[TaskKind, Callable[[RunConfig, LabelledRows, AdaptedModel], tuple[Task, Encode]]] = {
-    "classification": _classification,
-    "prompted": _prompted,
-}
-"""Each makes the task, and what tokenizes rows for it."""
 
 
 @dataclass(frozen=True)
@@ -289,18 +262,11 @@ class Workbench:
         names = parameters_of(self.adapted.units)
         return FederatedState(0, read_values(self.adapted.model, names))
 
-    def evaluate(self, values: dict[str, Tensor]) -> tuple[float, float]:
-        """Loss and accuracy of these values on the test split."""
-        order = np.argsort([-len(e["input_ids"]) for e in self.test.encodings], kind="stable")
-        size = self.config.evaluation.batch_size
-        total_loss, correct = 0.0, 0
-        with torch.inference_mode(), loaded(self.adapted.model, values):
-            for start in range(0, len(order), size):
-                batch = self.task.batch(self.test, order[start : start + size].tolist())
-                logits = self.task.logits(self.adapted.model, batch)
-                total_loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-                correct += int((logits.argmax(-1) == batch["labels"]).sum())
-        return total_loss / len(order), correct / len(order)
+    def evaluate(self, values: dict[str, Tensor]) -> Evaluation:
+        """Loss and metrics of these values on the test split."""
+        with loaded(self.adapted.model, values):
+            size = self.config.evaluation.batch_size
+            return self.task.evaluate(self.adapted.model, self.test, range(len(self.test)), size)
 
     def save_adapter(self, values: dict[str, Tensor], folder: Path) -> None:
         """Write adapter, head and tokenizer so that `PeftModel.from_pretrained` loads them, in float32."""

@@ -20,7 +20,8 @@ from spryfl.models.classes import MODEL_CLASSES
 from spryfl.models.quantizing import quantize_checkpoint
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.suite import run_suite
-from spryfl.workbench import TASKS, Workbench
+from spryfl.tasks import TASKS
+from spryfl.workbench import Workbench
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import families
 from families import DECODERS, FAMILIES, autograd_gradient, build, trainable
 from prompted import TEMPLATE, WORDS, byte_tokenizer, left_padded, save_decoder
 from spryfl.config import AdapterConfig, DataConfig, ModelConfig, TaskConfig, parse_config
-from spryfl.data.classification import Examples
+from spryfl.data.examples import Examples
 from spryfl.data.prompted import (
     PromptedClassification,
     Prompts,
@@ -169,7 +169,7 @@ def test_slopes_and_gradients_are_autograds(family: str) -> None:
     batch, names = batch_of(task), trainable(model)
 
     def loss(model: nn.Module) -> Tensor:
-        return task.loss(model, batch)
+        return task.losses(model, batch).mean()
 
     def plain(model: nn.Module) -> Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -222,7 +222,7 @@ def test_no_logits_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     model, task = decoder("llama")
     batch = batch_of(task)
     with ActivationMeter() as meter, torch.no_grad():
-        task.loss(model, batch)
+        task.losses(model, batch).mean()
     assert meter.peak_bytes < config.vocab_size * 8  # of one token's
 
 
@@ -319,7 +319,7 @@ def test_dry_runs_agree_with_the_meter(family: str, packed: bool, tmp_path: Path
     tangents = {n: torch.ones((1, *adapted.model.get_parameter(n).shape)) for n in names}
 
     def loss(model: nn.Module) -> Tensor:
-        return task.loss(model, batch)
+        return task.losses(model, batch).mean()
 
     dry = DryRun(Work(adapted.model.config, AdapterConfig(), 4, 32, packed=packed, task="prompted"))
     assert dry.adapter.head_values == 0

@@ -104,7 +104,9 @@ def _pair(
     draw = DirectionStream(0, round=1, client=number).at_step(0)
 
     def gradients(of: GradientEstimator) -> Mapping[str, Tensor]:
-        return of.estimate(bench.adapted.model, lambda m: bench.task.loss(m, batch), names, draw, size).gradients
+        return of.estimate(
+            bench.adapted.model, lambda m: bench.task.losses(m, batch).mean(), names, draw, size
+        ).gradients
 
     return _flat(gradients(Backprop()), names), _flat(gradients(estimator), names)
 

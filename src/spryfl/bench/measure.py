@@ -50,7 +50,9 @@ def measure(work: Work, case: Case, cache: Path) -> Row:
     Args:
         cache: where checkpoints of random weights are kept.
     """
-    return_large_blocks()
+    if work.precision in ("nf4", "int8") or work.streamed:
+        # Else what was unpacked or read counts as resident. Dense models need it not, and page faults cost time.
+        return_large_blocks()
     model = _model(work, cache)
     loading = resident_peak_bytes()
     units = trainable_units(model)

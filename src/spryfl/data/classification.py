@@ -11,26 +11,9 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from spryfl.config import DataConfig
+from spryfl.data.examples import Batch, Examples
+from spryfl.data.task import Evaluation, evaluate_classes
 from spryfl.errors import DataError
-
-Batch = dict[str, Tensor]
-"""Model inputs and "labels", each (rows, ..), on the model's device."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenized rows; they are padded only when batched.
-
-    Attributes:
-        encodings: model inputs of one row each, unpadded.
-        labels: (rows,) class numbers.
-    """
-
-    encodings: list[dict[str, list[int]]]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.encodings)
 
 
 @dataclass(frozen=True)
@@ -52,10 +35,6 @@ class Classification:
         batch["labels"] = torch.as_tensor(examples.labels[list(rows)], device=self.device)
         return batch
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a batch, in float32 at least."""
-        return self.losses(model, batch).mean()
-
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows,) the cross-entropy of each row, in float32 at least."""
         return nn.functional.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
@@ -64,6 +43,10 @@ class Classification:
         """(rows, labels), in float32 at least."""
         logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:
+        """See `Task.evaluate`."""
+        return evaluate_classes(self, model, examples, rows, batch_size)
 
 
 def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:

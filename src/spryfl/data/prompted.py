@@ -19,7 +19,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from spryfl.config import DataConfig, TaskConfig
-from spryfl.data.classification import Batch, Examples, token_limit
+from spryfl.data.classification import token_limit
+from spryfl.data.examples import Batch, Examples
+from spryfl.data.task import Evaluation, evaluate_classes
 from spryfl.errors import DataError
 from spryfl.forward_mode.next_token import next_token_logits
 
@@ -130,10 +132,6 @@ class PromptedClassification:
         batch["labels"] = torch.as_tensor(examples.labels[list(rows)])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the label words of a batch, in float32 at least."""
-        return self.losses(model, batch).mean()
-
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows,) the cross-entropy of each row, in float32 at least."""
         return nn.functional.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
@@ -143,6 +141,10 @@ class PromptedClassification:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits = next_token_logits(model, inputs, self.words)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:
+        """See `Task.evaluate`."""
+        return evaluate_classes(self, model, examples, rows, batch_size)
 
 
 def positions_of(mask: Tensor) -> Tensor:

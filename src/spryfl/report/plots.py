@@ -11,10 +11,10 @@ from spryfl.tracking.events import RoundEvent, Summary
 
 
 def plot_run(events: Sequence[RoundEvent], label: str, folder: Path) -> None:
-    """`progress.png`: accuracy and training loss over rounds."""
+    """`progress.png`: the main metric and training loss over rounds."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    accuracy, loss = figure.subplots(1, 2)
-    _accuracy_over_rounds(accuracy, {label: events})
+    score, loss = figure.subplots(1, 2)
+    _score_over_rounds(score, {label: events})
     loss.plot([e.round for e in events if e.loss is not None], [e.loss for e in events if e.loss is not None])
     loss.set(xlabel="round", ylabel="clients' mean training loss")
     loss.grid(alpha=0.3)
@@ -22,11 +22,11 @@ def plot_run(events: Sequence[RoundEvent], label: str, folder: Path) -> None:
 
 
 def plot_comparison(events: Mapping[str, Sequence[RoundEvent]], summaries: Sequence[Summary], folder: Path) -> None:
-    """`comparison.png`: accuracy over rounds, activation peak and bytes up of each run."""
+    """`comparison.png`: the main metric over rounds, activation peak and bytes up of each run."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    accuracy, memory, up = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
-    _accuracy_over_rounds(accuracy, events)
-    accuracy.legend(fontsize=8)
+    score, memory, up = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
+    _score_over_rounds(score, events)
+    score.legend(fontsize=8)
     labels = [summary.label for summary in summaries]
     bars = (
         (memory, [s.peak_activation_bytes / 1e6 for s in summaries], "activation peak (MB)", "{:.1f}"),
@@ -42,11 +42,12 @@ def plot_comparison(events: Mapping[str, Sequence[RoundEvent]], summaries: Seque
     _save(figure, folder / "comparison.png")
 
 
-def _accuracy_over_rounds(axes: Axes, events: Mapping[str, Sequence[RoundEvent]]) -> None:
+def _score_over_rounds(axes: Axes, events: Mapping[str, Sequence[RoundEvent]]) -> None:
     for label, rows in events.items():
-        known = [(e.round, e.accuracy) for e in rows if e.accuracy is not None]
+        known = [(e.round, e.score) for e in rows if e.score is not None]
         axes.plot([r for r, _ in known], [a for _, a in known], marker="o", markersize=3, label=label)
-    axes.set(xlabel="round", ylabel="test accuracy")
+    metric = next((name for rows in events.values() for e in rows for name in e.metrics), "accuracy")
+    axes.set(xlabel="round", ylabel=f"test {metric}")
     axes.grid(alpha=0.3)
 
 

@@ -13,7 +13,8 @@ from rich.table import Table
 from spryfl.tracking.events import RoundEvent, Summary
 
 WIDE = 92  # columns; narrower terminals go without the bar
-_EMPTY: dict[str, Any] = {"loss": "", "accuracy": "", "up": "", "down": "", "peak": ""}
+_SHORT = {"accuracy": "acc", "perplexity": "ppl"}
+_EMPTY: dict[str, Any] = {"loss": "", "score": "", "up": "", "down": "", "peak": ""}
 
 
 class ConsoleObserver:
@@ -32,7 +33,7 @@ class ConsoleObserver:
             *bar,
             MofNCompleteColumn(),
             TextColumn("[yellow]{task.fields[loss]}"),
-            TextColumn("[green]{task.fields[accuracy]}"),
+            TextColumn("[green]{task.fields[score]}"),
             TextColumn("{task.fields[up]}"),
             TextColumn("{task.fields[down]}"),
             TextColumn("[cyan]{task.fields[peak]}"),
@@ -79,8 +80,9 @@ class ConsoleObserver:
         }
         if event.loss is not None:
             fields["loss"] = f"loss {event.loss:.3f}".replace(" 0.", " .")
-        if event.accuracy is not None:
-            fields["accuracy"] = f"acc {event.accuracy:.3f}".replace(" 0.", " .")
+        metric = next(iter(event.metrics), "accuracy")
+        if event.score is not None:
+            fields["score"] = f"{_SHORT.get(metric, metric)} {event.score:.3f}".replace(" 0.", " .")
         self._progress.update(self._current, completed=event.round, **fields)
         for problem in (*event.failures, *event.refused):
             self._console.print(f"[red]round {event.round}: client {problem}", highlight=False)
@@ -89,10 +91,10 @@ class ConsoleObserver:
             text = f"round {event.round}: no client of the cohort has the memory for {', '.join(event.unheld)}"
             self._console.print(f"[yellow]{text}", highlight=False, soft_wrap=True)
         self._print_choices(event)
-        if not self._console.is_terminal and event.accuracy is not None:
+        if not self._console.is_terminal and event.score is not None:
             loss = "" if event.loss is None else f", loss {event.loss:.3f}"
             self._console.print(
-                f"{self._label}: round {event.round}{loss}, accuracy {event.accuracy:.3f}, {fields['up']}, "
+                f"{self._label}: round {event.round}{loss}, {metric} {event.score:.3f}, {fields['up']}, "
                 f"{fields['down']}, {fields['peak']}",
                 highlight=False,
                 soft_wrap=True,
@@ -133,8 +135,9 @@ def print_results(summaries: Sequence[Summary], directory: Path, console: Consol
 
 def results_table(summaries: Sequence[Summary]) -> Table:
     """One row a run; bytes are a client's in one round."""
+    metric = summaries[0].metric.capitalize()
     table = Table(
-        title="Accuracy before and after, activation peak, bytes a client sends up and is sent each round",
+        title=f"{metric} before and after, activation peak, bytes a client sends up and is sent each round",
         title_justify="left",
     )
     table.add_column("method")
@@ -143,8 +146,8 @@ def results_table(summaries: Sequence[Summary]) -> Table:
     for s in summaries:
         table.add_row(
             s.label,
-            f"{s.accuracy_before:.3f}",
-            f"[bold]{s.accuracy:.3f}",
+            f"{s.score_before:.3f}",
+            f"[bold]{s.score:.3f}",
             decimal(s.peak_activation_bytes),
             decimal(round(s.bytes_up_per_client_round)),
             decimal(round(s.bytes_down_per_client_round)),

@@ -1,6 +1,6 @@
 """What a run tells its observers. A round's event is also a line of `events.jsonl`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 
@@ -10,7 +10,8 @@ class RoundEvent:
 
     Attributes:
         loss: clients' mean training loss; None in round 0.
-        accuracy, test_loss: of the global model on the test split; None where not evaluated.
+        accuracy, test_loss, metrics: of the global model on the test split, the task's main metric first; None or
+            empty where not evaluated, accuracy also where the task has none.
         bytes_up, bytes_down: of all the round's clients.
         seconds: wall-clock time, evaluation included; client_seconds: computing of all clients;
             client_cpu_seconds: on their processors.
@@ -42,6 +43,12 @@ class RoundEvent:
     client_cpu_seconds: float = 0.0
     guess_cosine: float | None = None
     maps_fitted: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float | None:
+        """The task's main metric; None where not evaluated."""
+        return next(iter(self.metrics.values()), self.accuracy)
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,6 +64,9 @@ class Summary:
     """A finished run; the same names as in `summary.json`.
 
     Attributes:
+        metric: the task's main one; accuracy where there is no other. score, score_before: its values at the end and
+            before training; accuracy, accuracy_before: None where the task has none.
+        metrics: all of them at the end.
         unheld_units: those that no client has the memory for; they stay as they were.
         num_map_fits: how often backward maps were fitted anew.
         client_memory: bytes, dealt to clients in turn; none where memory is no matter.
@@ -74,8 +84,8 @@ class Summary:
     checkpointing: str | None
     num_clients: int
     cohort_size: int
-    accuracy_before: float
-    accuracy: float
+    accuracy_before: float | None
+    accuracy: float | None
     loss: float
     test_loss: float
     trainable_parameters: int
@@ -94,6 +104,10 @@ class Summary:
     client_memory: tuple[int, ...] = ()
     client_cpu_seconds: float = 0.0
     num_map_fits: int = 0
+    metric: str = "accuracy"
+    score_before: float | None = None
+    score: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)

@@ -5,6 +5,8 @@ from pathlib import Path
 from spryfl.errors import SpryError
 from spryfl.tracking.events import RoundEvent, Summary
 
+SCALARS = ("loss", "test_loss", "bytes_up", "bytes_down", "seconds", "peak_activation_bytes")
+
 
 class TensorBoardObserver:
     """Writes one scalar series for each figure of a round."""
@@ -23,8 +25,8 @@ class TensorBoardObserver:
         """Nothing to write."""
 
     def round_finished(self, event: RoundEvent) -> None:
-        for name in ("loss", "accuracy", "test_loss", "bytes_up", "bytes_down", "seconds", "peak_activation_bytes"):
-            value = getattr(event, name)
+        own = {name: getattr(event, name) for name in SCALARS}
+        for name, value in (own | event.metrics).items():
             if value is not None:
                 self._writer.add_scalar(name, value, event.round)
         self._writer.flush()

@@ -1,0 +1,73 @@
+"""What every task has: batches, losses, and how well values do on some examples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spryfl.data.examples import Batch, Examples
+
+LOWER_IS_BETTER = frozenset({"perplexity"})
+"""Metrics of which less is better."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does on some examples.
+
+    Attributes:
+        loss: mean over the examples.
+        metrics: by name, the task's main one first.
+    """
+
+    loss: float
+    metrics: Mapping[str, float]
+    num_examples: int
+
+
+class Task(Protocol):
+    """What a model is finetuned for."""
+
+    def batch(self, examples: Examples, rows: Sequence[int]) -> Batch:
+        """Some rows, padded to the longest among them."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows,) the loss of each row, in float32 at least."""
+        ...
+
+    def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:
+        """Loss and metrics of some rows."""
+        ...
+
+
+class Classifier(Protocol):
+    """A task whose model gives one score a class."""
+
+    def batch(self, examples: Examples, rows: Sequence[int]) -> Batch: ...
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor: ...
+
+
+def evaluate_classes(
+    task: Classifier, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int
+) -> Evaluation:
+    """Mean cross-entropy and accuracy."""
+    total_loss, correct = 0.0, 0
+    with torch.inference_mode():
+        for part in longest_first_batches(examples, rows, batch_size):
+            batch = task.batch(examples, part)
+            logits = task.logits(model, batch)
+            total_loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            correct += int((logits.argmax(-1) == batch["labels"]).sum())
+    return Evaluation(total_loss / len(rows), {"accuracy": correct / len(rows)}, len(rows))
+
+
+def longest_first_batches(examples: Examples, rows: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches of like length, so that little is padded; the longest first."""
+    lengths = [-len(examples.encodings[row]["input_ids"]) for row in rows]
+    order = np.asarray(rows)[np.argsort(lengths, kind="stable")]
+    return [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
