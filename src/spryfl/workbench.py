@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,12 @@ class Workbench:
             return sum(self.adapted.model.get_parameter(name).numel() for name in group)
 
         shared = [federation.units[unit] for unit in federation.shared]
-        dealt = sorted((own for unit, own in federation.units.items() if unit not in federation.shared), key=size)
+        blocks = federation.blocks or [[unit] for unit in federation.units]
+        own = [[federation.units[unit] for unit in block if unit not in federation.shared] for block in blocks]
+        dealt = sorted(own, key=lambda block: sum(map(size, block)))
         if method.tangents_per == "step" and federation.assignment == "split":
             dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
-        for group in tangent_groups(method.tangents_per, [*dealt, *shared]):
+        for group in tangent_groups(method.tangents_per, [*chain(*dealt), *shared]):
             require_dimensions(method.distribution, method.num_tangents, size(group), group)
 
     @cached_property
@@ -179,6 +182,7 @@ class Workbench:
             units={unit.name: unit.parameters for unit in self.adapted.units},
             shared=tuple(u.name for u in self.adapted.units if u.name == HEAD and head_is_shared),
             assignment=method.assignment,
+            blocks=self._layer_blocks if config.method.deal == "layer" else (),
             rotate=config.method.rotate,
             upload=config.method.upload or method.upload,
             training=self.training,
@@ -220,6 +224,16 @@ class Workbench:
             parameters = {self.adapted.model.get_parameter(name) for name in unit.parameters}
             found[unit.name] = tuple(place for place, inside in enumerate(own) if inside & parameters)
         return found
+
+    @cached_property
+    def _layer_blocks(self) -> tuple[tuple[str, ...], ...]:
+        """Units by the layer they lie in, from the lowest up; those in none, each alone, at the end."""
+        blocks: dict[tuple[int, ...], list[str]] = {}
+        for unit, places in self.places.items():
+            if places:
+                blocks.setdefault(places, []).append(unit)
+        alone = [(unit,) for unit, places in self.places.items() if not places]
+        return (*(tuple(blocks[places]) for places in sorted(blocks)), *alone)
 
     @cached_property
     def estimator(self) -> GradientEstimator:

@@ -28,6 +28,13 @@ def test_shared_units_go_to_everyone() -> None:
     assert assign_units("split", ["head"], [3, 5], 0, ["head"]) == {3: ("head",), 5: ("head",)}
 
 
+def test_blocks_are_dealt_together() -> None:
+    units, blocks = ["q0", "v0", "q1", "v1", "head"], [("q0", "v0"), ("q1", "v1"), ("head",)]
+    lower, upper = ("q0", "v0", "head"), ("q1", "v1", "head")
+    assert assign_units("split", units, [3, 5, 8], 0, ["head"], blocks) == {3: lower, 5: upper, 8: lower}
+    assert assign_units("split", units, [3], 1, [], blocks) == {3: tuple(units)}
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
 def test_every_client_works_and_every_unit_is_trained(num_units: int, num_clients: int, start: int) -> None:
     units = [f"u{i}" for i in range(num_units)]

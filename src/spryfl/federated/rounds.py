@@ -49,6 +49,7 @@ class Federation:
     Attributes:
         units: unit name -> its parameters, from the lowest layer up.
         shared: units every client of the cohort trains (the head, by default).
+        blocks: units that are dealt together; by default each alone.
         rotate: start the cycle of units one further each round; the released code always starts at 0.
         fit: what a client can hold, where memory is a matter.
         places: unit -> the calls of layers it lies in, whose backward maps its clients need.
@@ -68,6 +69,7 @@ class Federation:
     fit: Fit | None = None
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     momentum: bool = False
+    blocks: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     # 1. Sample the cohort and assign units to its clients, each no more than its memory holds.
     cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
     start = state.round if federation.rotate else 0
-    assigned = assign_units(federation.assignment, list(federation.units), cohort, start, federation.shared)
-    deal = deal_within(assigned, list(federation.units), federation.shared, federation.fit)
+    units, shared = list(federation.units), federation.shared
+    assigned = assign_units(federation.assignment, units, cohort, start, shared, federation.blocks)
+    deal = deal_within(assigned, units, shared, federation.fit)
     if not deal.units:
         raise SpryError(f"round {round}: no client of the cohort has the memory for any unit: raise clients.memory")
 
