@@ -138,6 +138,20 @@ def test_adapter_dropout_is_on_while_training_only(
     assert bool(changed) == (method != "fedmezo")
 
 
+@pytest.mark.parametrize("options", [{"method__name": "fwdllm"}, {"server__sampling": "size"}], ids=["pool", "size"])
+def test_a_run_goes_on_from_its_state(
+    options: dict[str, object], tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """What is pooled, and the last update, are in the checkpoint; cohorts by size come from the seed."""
+    run_suite(tiny_config(**options), tmp_path / "whole")
+    run_suite(tiny_config(**options, server__num_rounds=2), tmp_path / "part")
+    (tmp_path / "part/summary.json").unlink()
+    RunDirectory(tmp_path / "part").write_config(tiny_config(**options))
+    resume_suite(RunDirectory(tmp_path / "part"))
+    assert_same_training(tmp_path / "whole", tmp_path / "part")
+    assert any(name.startswith("pool/") for name in tensors(tmp_path / "whole")) == ("method__name" in options)
+
+
 def test_workers_give_the_same_run(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     run_suite(tiny_config(runtime__num_threads=1), tmp_path / "one")

@@ -13,9 +13,12 @@ from families import FAMILIES, autograd_gradient, batch_loss, build, padded_batc
 from packed import save_family
 from spryfl.config import AdapterConfig, ModelConfig, RunConfig
 from spryfl.errors import ConfigError, ModelError
+from spryfl.federated.rounds import run_round
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.backprop import Backprop
+from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import loss_and_slopes
+from spryfl.gradients.guided import GuidedGradient
 from spryfl.models.adapters import ADAPTERS, dropout_modules, frozen_tensors
 from spryfl.models.dry_run import DryRun, Work
 from spryfl.models.layers import layer_calls
@@ -23,6 +26,7 @@ from spryfl.models.lean import make_lean
 from spryfl.models.loading import load_model
 from spryfl.models.singular import truncated_svd
 from spryfl.models.units import trainable_units
+from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.workbench import Workbench
 
 KINDS: dict[str, AdapterConfig] = {
@@ -88,6 +92,27 @@ def test_slopes_and_gradients_are_exact(family: str, kind: str) -> None:
     assert all(torch.allclose(found, exact[n]) for n, found in zip(names, estimate, strict=True))
 
 
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_guided_through_all_layers_is_the_gradient(family: str, kind: str) -> None:
+    model, loss = build(family, adapter=KINDS[kind]), batch_loss(padded_batch())
+    names = trainable(model)
+    exact = autograd_gradient(model, loss, names)
+    found = GuidedGradient(layer_calls, horizon=2).estimate(model, loss, names, DirectionStream(0, 1, 0).at_step(0), 3)
+    assert all(torch.allclose(found.gradients[n].double(), exact[n], rtol=1e-5, atol=1e-8) for n in names)
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3", "bitfit"])
+@pytest.mark.parametrize("method", ["spry", "spry_guided", "fedavg", "fedmezo"])
+def test_a_round_trains_every_unit(kind: str, method: str, tiny_config: Callable[..., RunConfig]) -> None:
+    given = KINDS[kind].model_dump(exclude_defaults=True)
+    bench = Workbench.from_config(tiny_config(adapter=given, method__name=method))
+    start = bench.initial_state()
+    state, report = run_round(start, bench.federation, InProcessRuntime(bench.client, bench.batch_tokens))
+    assert report.failures == report.refused == report.untrained == ()
+    keys = {n for n in start.values if kind == "bitfit" and ".key." in n}  # to which the loss is indifferent
+    assert all(not torch.equal(value, start.values[n]) for n, value in state.values.items() if n not in keys)
+
+
 @pytest.mark.parametrize(("family", "kind"), [*CASES, *(("albert", kind) for kind in KINDS)])
 def test_units_are_adapted_modules(family: str, kind: str) -> None:
     model = build(family, adapter=KINDS[kind])
@@ -101,7 +126,9 @@ def test_units_are_adapted_modules(family: str, kind: str) -> None:
         assert sizes == TRAINED[kind] * 2
 
 
-@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")  # which bitfit's still are at the base
+@pytest.mark.filterwarnings(
+    "ignore:Careful, disabling adapter layers with bias"
+)  # which bitfit's still are at the base
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_starts_at_the_base_model(kind: str, tiny_model: Path) -> None:
     """And the run's seed alone decides what is drawn."""
