@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from spryfl.config.part import Part, Positive, PositiveFloat, Size
-from spryfl.federated.sampling import SamplingKind
+from spryfl.federated.method import SamplingKind
 
 
 class LocalConfig(Part):

@@ -23,6 +23,7 @@ Upload = Literal["values", "gradients", "slopes"]
 Pace = Literal["epoch", "iteration"]
 ServerOptimizer = Literal["sgd", "adagrad", "adam", "yogi"]
 Pacing = Literal["none", "pool", "leave_out"]
+SamplingKind = Literal["uniform", "size"]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ sampling all p are alike, and it weighs n; with p proportional to n, all clients
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-SamplingKind = Literal["uniform", "size"]
 _STREAM = 1  # keeps cohorts independent of the other things drawn from the run's seed
 
 
