@@ -162,6 +162,8 @@ def _round_event(
         untrained=report.untrained,
         unheld=report.unheld,
         settings=tuple({"client": client} | own.as_row() for client, own in sorted(report.settings.items())),
+        num_left_out=report.num_left_out,
+        num_pooled=report.num_pooled,
     )
 
 

@@ -1,5 +1,6 @@
 """A configuration made real: model, data, partition, and what the round loop needs of them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,9 +39,9 @@ from spryfl.models.units import HEAD, parameters_of
 from spryfl.tasks import TASKS, Encode
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
-    "forward": lambda config: ForwardGradient(config.method.num_tangents),
-    "bottleneck": lambda config: BottleneckGradient(config.method.num_tangents),
-    "zeroth_order": lambda config: ZerothOrder(config.method.num_tangents, config.method.step_size),
+    "forward": lambda config: ForwardGradient(config.method.own_num_tangents),
+    "bottleneck": lambda config: BottleneckGradient(config.method.own_num_tangents),
+    "zeroth_order": lambda config: ZerothOrder(config.method.own_num_tangents, config.method.own_step_size),
     "guided": lambda config: GuidedGradient(
         layer_calls, horizon=config.guide.horizon, slopes_per=config.guide.slopes, explore=config.guide.explore
     ),
@@ -142,7 +143,7 @@ class Workbench:
         if method.tangents_per == "step" and federation.assignment == "split":
             dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
         for group in tangent_groups(method.tangents_per, [*chain(*dealt), *shared]):
-            require_dimensions(method.distribution, method.num_tangents, size(group), group)
+            require_dimensions(method.distribution, method.own_num_tangents, size(group), group)
 
     @cached_property
     def client_memory(self) -> ClientMemory | None:
@@ -189,6 +190,9 @@ class Workbench:
             fit=None if fitting is None else fitting.fit,
             places={} if config.guide.guess != "maps" else self.places,
             momentum=config.method.own_estimator in ("guided", "auto") and config.guide.momentum,
+            sizes=tuple(map(len, self.partition)) if config.server.sampling == "size" else (),
+            pacing=method.pacing,
+            variance_threshold=config.method.own_variance_threshold or math.inf,
             server=ServerUpdate(
                 kind=server,
                 learning_rate=config.server.learning_rate or default_learning_rate(server, method.pace),
@@ -208,11 +212,14 @@ class Workbench:
             optimizer=config.local.optimizer,
             learning_rate=config.local.learning_rate,
             weight_decay=config.local.weight_decay,
-            num_tangents=config.method.num_tangents,
+            num_tangents=config.method.own_num_tangents,
             distribution=config.method.distribution,
             tangents_per=config.method.tangents_per,
             shrinkage=config.method.shrinkage,
             chunk_bytes=config.method.chunk,
+            num_candidates=config.method.own_num_candidates,
+            same_directions=METHODS[config.method.name].same_directions,
+            tells_variance=METHODS[config.method.name].pacing == "leave_out",
         )
 
     @cached_property

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from spryfl.config.part import Part, Positive, PositiveFloat, Size
+from spryfl.federated.method import SamplingKind
 
 
 class LocalConfig(Part):
@@ -24,6 +25,9 @@ class ServerConfig(Part):
 
     num_rounds: Positive = 30
     cohort_size: Positive = Field(10, description="clients a round")
+    sampling: SamplingKind = Field(
+        "uniform", description="of cohorts: clients alike, or by their number of examples, who then weigh alike"
+    )
     optimizer: Literal["sgd", "adagrad", "adam", "yogi"] | None = Field(None, description="the method's by default")
     learning_rate: PositiveFloat | None = Field(None, description="0.01; sgd: 1 on values (the mean), 0.1 on gradients")
     beta1: float = Field(0.9, ge=0, lt=1)

@@ -15,9 +15,10 @@ from spryfl.errors import SpryError
 from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
 from spryfl.federated.messages import ClientTask, ClientUpdate
 from spryfl.federated.method import Pace
+from spryfl.federated.pacing import Halves
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.backprop import Backprop
-from spryfl.gradients.directions import DirectionStream
+from spryfl.gradients.directions import EVERYONE, DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, Loss
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.guided import GuidedGradient
@@ -61,7 +62,12 @@ class BatchLoss(Generic[BatchT]):
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How clients train: the same for all clients of a run, known to them and the server."""
+    """How clients train: the same for all clients of a run, known to them and the server.
+
+    Attributes:
+        num_candidates, same_directions: see `method.Method`.
+        tells_variance: clients measure how much their steps' gradients vary (`federated.pacing`).
+    """
 
     pace: Pace
     epochs: int
@@ -74,6 +80,9 @@ class LocalTraining:
     tangents_per: TangentsPer = "step"
     shrinkage: bool = False
     chunk_bytes: int | None = None
+    num_candidates: int = 1
+    same_directions: bool = False
+    tells_variance: bool = False
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps a round of a client with this many examples."""
@@ -83,7 +92,16 @@ class LocalTraining:
         return LocalOptimizer(values, self.optimizer, self.learning_rate, self.weight_decay)
 
     def directions(self, task: ClientTask) -> DirectionStream:
-        return DirectionStream(task.seed, task.round, task.client, self.distribution, task.groups, self.shrinkage)
+        return DirectionStream(
+            seed=task.seed,
+            round=task.round,
+            client=EVERYONE if self.same_directions else task.client,
+            distribution=self.distribution,
+            groups=task.groups,
+            shrinkage=self.shrinkage,
+            num_candidates=self.num_candidates,
+            known=task.last_change,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class Client(Generic[BatchT]):
         started, cpu_started = time.perf_counter(), time.process_time()
         directions = self.training.directions(task)
         optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
-        losses, slopes, num_seen, gradients = [], [], 0, {}
+        losses, slopes, num_seen, gradients, halves = [], [], 0, {}, Halves()
         random = torch.random.fork_rng(devices=self._accelerators())
         estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes or self.training.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
@@ -126,6 +144,8 @@ class Client(Generic[BatchT]):
                 gradients = estimate.gradients
                 losses.append(estimate.loss * len(rows))
                 num_seen += len(rows)
+                if self.training.tells_variance:
+                    halves.add(gradients, 1.0)
                 if estimate.slopes is not None:
                     slopes.append(estimate.slopes)
                 if self.training.pace == "epoch":
@@ -138,6 +158,7 @@ class Client(Generic[BatchT]):
             loss=sum(losses) / num_seen,
             tensors={"values": optimizer.values, "gradients": gradients, "slopes": {}}[task.upload],
             slopes=torch.stack(slopes) if task.upload == "slopes" else None,
+            variance=halves.variance,
             seconds=time.perf_counter() - started,
             cpu_seconds=time.process_time() - cpu_started,
         )

@@ -27,6 +27,8 @@ def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape:
         raise UpdateRefusedError(f"num_examples is {update.num_examples!r}, not a positive whole number")
     if not isinstance(update.loss, float) or not math.isfinite(update.loss):
         raise UpdateRefusedError(f"its loss is {update.loss!r}")
+    if update.variance is not None and not (isinstance(update.variance, float) and 0 <= update.variance < math.inf):
+        raise UpdateRefusedError(f"its variance is {update.variance!r}, not a number from 0 up")
     if slopes_shape is None:
         _validate_tensors(update, task)
     else:

@@ -22,6 +22,7 @@ class RoundEvent:
             chunk_bytes, and of a chosen estimator its name, settings and the reason (`PassSettings`).
         guess_cosine: mean cosine of guessed and true gradients on public text, where the server measured it.
         maps_fitted: whether it fitted the backward maps anew before this round's end.
+        num_left_out: updates left out as their gradients vary too much; num_pooled: those that wait for more, so far.
     """
 
     round: int
@@ -43,6 +44,8 @@ class RoundEvent:
     client_cpu_seconds: float = 0.0
     guess_cosine: float | None = None
     maps_fitted: bool = False
+    num_left_out: int = 0
+    num_pooled: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property

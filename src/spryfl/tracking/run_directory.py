@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from spryfl.errors import RunDirectoryError
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.rounds import FederatedState
 from spryfl.tracking.events import RoundEvent, Summary
+
+STATE_PARTS = tuple(part.name for part in fields(FederatedState) if part.name != "round")
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,11 @@ class RunDirectory:
         return kept
 
     def write_checkpoint(self, state: FederatedState) -> None:
-        tensors = {f"values/{name}": tensor.contiguous() for name, tensor in state.values.items()}
-        tensors |= {f"moments/{name}": tensor.contiguous() for name, tensor in state.moments.items()}
-        tensors |= {f"maps/{name}": tensor.contiguous() for name, tensor in state.maps.items()}
+        tensors = {
+            f"{part}/{name}": tensor.contiguous()
+            for part in STATE_PARTS
+            for name, tensor in getattr(state, part).items()
+        }
         write_atomically(self.checkpoint_file, save(tensors, metadata={"round": str(state.round)}))
 
     def read_checkpoint(self) -> FederatedState | None:
@@ -111,11 +115,11 @@ class RunDirectory:
                 round = int(handle.metadata()["round"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunDirectoryError(f"{self.checkpoint_file}: not a checkpoint of ours, or damaged: {error}") from error
-        parts: dict[str, dict[str, Any]] = {"values": {}, "moments": {}, "maps": {}}
+        parts: dict[str, dict[str, Any]] = {part: {} for part in STATE_PARTS}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
-        return FederatedState(round, parts["values"], parts["moments"], parts["maps"])
+        return FederatedState(round, **parts)
 
     def write_calibration(self, calibration: Calibration) -> None:
         write_atomically(self.choice_file, (json.dumps(asdict(calibration), indent=2) + "\n").encode())
