@@ -1,13 +1,13 @@
 """All that can be wrong with a suite, asked before its first run: settings, data, and what lies there already."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 
 from spryfl.compare.cells import Cell, Suite, collected
 from spryfl.compare.search import read_outcome, require_same_search, search_config
-from spryfl.config import RunConfig
 from spryfl.data.loading import load_rows
 from spryfl.errors import SpryError
 from spryfl.run import require_same
@@ -25,26 +25,43 @@ def check_cells(suite: Suite, cells: Sequence[Cell]) -> None:
     if suite.config.search is not None and find_spec("optuna") is None:
         raise SpryError("[search] needs Optuna: pip install 'spryfl[search]', or take [search] out")
     problems: dict[str, list[str]] = defaultdict(list)
-    data: dict[str, str | None] = {}
+    known: dict[str, str | None] = {}
     for cell in cells:
-        try:
-            configs = _configs(suite, cell)
-            _require_going_on(suite, cell)
-        except SpryError as error:
-            problems[str(error)].append(cell.name)
-            continue
-        problem = None if suite.is_finished(cell) else _data_problem(configs[0], data)
-        if problem is not None:
+        for problem in dict.fromkeys(_problems(suite, cell, known)):
             problems[problem].append(cell.name)
     if problems:
         raise collected(problems, len(cells))
 
 
-def _configs(suite: Suite, cell: Cell) -> list[RunConfig]:
-    """The cell's run, and a trial at every corner of its search."""
+def _problems(suite: Suite, cell: Cell, known: dict[str, str | None]) -> Iterator[str]:
+    """What is wrong with a cell's run, with a trial at any corner of its search, with its data, with what is there."""
     space = suite.config.space_of(cell.method)
-    corners = [dict(zip(space, values, strict=True)) for values in product(*(own.ends for own in space.values()))]
-    return [suite.run_config(cell), *(search_config(suite, cell, corner) for corner in corners if corner)]
+    corners = product(*(own.ends for own in space.values())) if space else ()
+    attempts = [lambda: suite.run_config(cell)]
+    attempts += [partial(search_config, suite, cell, dict(zip(space, values, strict=True))) for values in corners]
+    failures = [problem for attempt in attempts if (problem := _problem(attempt)) is not None]
+    yield from failures
+    if failures:
+        return
+    there = _problem(lambda: _require_going_on(suite, cell))
+    if there is not None:
+        yield there
+    elif not suite.is_finished(cell):
+        config = suite.run_config(cell)
+        key = config.data.model_dump_json()  # looked at once, whatever the seed
+        if key not in known:
+            known[key] = _problem(lambda: load_rows(config.data, config.seed))
+        if (problem := known[key]) is not None:
+            yield problem
+
+
+def _problem(attempt: Callable[[], object]) -> str | None:
+    """Why something cannot be done; None if it can."""
+    try:
+        attempt()
+    except SpryError as error:
+        return str(error)
+    return None
 
 
 def _require_going_on(suite: Suite, cell: Cell) -> None:
@@ -57,15 +74,3 @@ def _require_going_on(suite: Suite, cell: Cell) -> None:
     if directory.config_file.exists():
         outcome = read_outcome(suite, cell)
         require_same(directory, suite.run_config(cell, None if outcome is None else outcome.settings))
-
-
-def _data_problem(config: RunConfig, known: dict[str, str | None]) -> str | None:
-    """What is wrong with a run's data, if anything; each dataset is looked at once, whatever the seed."""
-    key = config.data.model_dump_json()
-    if key not in known:
-        try:
-            load_rows(config.data, config.seed)
-            known[key] = None
-        except SpryError as error:
-            known[key] = str(error)
-    return known[key]

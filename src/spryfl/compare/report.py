@@ -68,7 +68,7 @@ def report_sections(suite: Suite, rows: Sequence[ResultRow]) -> list[Section]:
         blocks: list[Block] = [note(own), results_table(own)]
         to_target = target_table(own, reference)
         if to_target is not None:
-            blocks += [f"To a {own[0].metric} of {own[0].target:g}:", to_target]
+            blocks += [f"To reach {own[0].metric} {own[0].target:g}:", to_target]
         curves = _curves(suite, dataset.name)
         sections.append(Section(dataset.name, [*blocks, *([curves] if curves.exists() else [])]))
     searched = search_table(rows)

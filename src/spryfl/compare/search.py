@@ -1,18 +1,21 @@
 """Hyperparameter search: the same number of trials for every method, none of which sees the test split.
 
 A trial is a short run on the training data alone: a part of it, cut off by the search's seed and so the same for all
-methods, takes the place of the test split. The first half of the trials are random points, the same ones for methods
-with the same ranges; the rest are drawn by Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). Each
-draw has a seed of its own, so a search that was stopped goes on as if it had not been.
+methods, takes the place of the test split. The first half of the trials are points of a Halton sequence, so that few
+cover the space, and methods with the same ranges try the same ones; the rest are drawn by Optuna's tree-structured
+Parzen estimator (Bergstra et al. 2011). Each draw has a seed of its own, so a search that was stopped goes on as if it
+had not been.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from scipy.stats.qmc import Halton
 
 from spryfl.compare.cells import Cell, Settings, Suite
 from spryfl.config import RunConfig, SearchRange
@@ -156,10 +159,13 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
 
     settings = suite.config.search
     assert settings is not None
+    space, num_spread = suite.config.space_of(cell.method), (settings.trials + 1) // 2
     for stopped in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(stopped.number, state=TrialState.FAIL)
-    study.sampler = TPESampler(seed=settings.seed + number, n_startup_trials=(settings.trials + 1) // 2)
-    trial = study.ask({key: _distribution(own) for key, own in suite.config.space_of(cell.method).items()})
+    if number < num_spread and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.enqueue_trial(spread_point(space, settings.seed, number))
+    study.sampler = TPESampler(seed=settings.seed + number, n_startup_trials=num_spread)
+    trial = study.ask({key: _distribution(own) for key, own in space.items()})
     label = f"{cell.dataset.name}, {cell.method.shown}, trial {number + 1} of {settings.trials}"
     config = search_config(suite, cell, trial.params)
     try:
@@ -175,6 +181,23 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
     else:
         trial.set_user_attr("failure", f"{summary.metric} is {score}")
         study.tell(trial, state=TrialState.PRUNED)
+
+
+def spread_point(space: Mapping[str, SearchRange], seed: int, number: int) -> Settings:
+    """A point of a scrambled Halton sequence (Owen 2017), by its number, in the ranges' own units."""
+    shares = Halton(len(space), rng=seed).random(number + 1)[number]
+    return {key: _value(own, float(share)) for (key, own), share in zip(space.items(), shares, strict=True)}
+
+
+def _value(own: SearchRange, share: float) -> Any:
+    """The value below which this share of a range lies."""
+    if own.choices:
+        return own.choices[int(share * len(own.choices))]
+    low, high = own.ends
+    whole = isinstance(low, int) and isinstance(high, int)
+    top = high + 1 if whole else high
+    value = low * (top / low) ** share if own.scale == "log" else low + (top - low) * share
+    return min(int(value), high) if whole else value
 
 
 def _distribution(own: SearchRange) -> "BaseDistribution":
