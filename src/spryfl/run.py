@@ -15,6 +15,7 @@ import torch
 
 from spryfl.config import RunConfig
 from spryfl.data.task import Evaluation
+from spryfl.errors import RunDirectoryError
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.messages import Runtime
 from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
@@ -70,6 +71,31 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     for observer in observers:
         observer.finished(summary)
     return summary
+
+
+def run_in(config: RunConfig, folder: Path, observers: Sequence[Observer] = (), label: str | None = None) -> Summary:
+    """Perform a run in a folder of its own, or go on with it there; a finished one is only read.
+
+    Raises:
+        RunDirectoryError: the folder holds a run of other settings.
+    """
+    directory = RunDirectory(folder)
+    if directory.config_file.exists():
+        require_same(directory, config)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        directory.write_config(config)
+    return run(directory.read_config(), directory, observers, label or config.label or config.method.name)
+
+
+def require_same(directory: RunDirectory, config: RunConfig) -> None:
+    """Refuse to go on with a run whose settings are others than what it was begun with; its display may differ."""
+    differing = directory.read_config().differences(config)
+    if differing:
+        raise RunDirectoryError(
+            f"{directory.path} holds a run of other settings ({'; '.join(differing)}): choose another --out, or remove "
+            "that folder to run it anew"
+        )
 
 
 def _federation(bench: Workbench, keeper: MapKeeper, state: FederatedState, directory: RunDirectory) -> Federation:

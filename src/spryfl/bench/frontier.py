@@ -12,7 +12,7 @@ from typing import Any
 from spryfl.bench.frontier_works import RATES, SEEDS, TASKS, TUNING_ROUNDS, VARIANTS, Variant, settings_of
 from spryfl.config import RunConfig, parse_config, with_overrides
 from spryfl.errors import SpryError
-from spryfl.run import run
+from spryfl.run import run_in
 from spryfl.tracking.run_directory import RunDirectory
 
 Row = dict[str, Any]
@@ -38,7 +38,7 @@ def run_frontier(
                     continue
                 say(f"{task}, {name}, seed {seed}")
                 config = _config(task, VARIANTS[name], data, tuned, seed)
-                _run(config, run_folder(out, task, name, seed))
+                run_in(config, run_folder(out, task, name, seed))
     return collect(out)
 
 
@@ -67,7 +67,7 @@ def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, s
                 say(f"tuning {task}, {name}, server.learning_rate {rate}")
                 config = _tuning_config(task, variant, data, rate)
                 folder = out / "tuning" / task / f"{_slug(name)}-{rate}"
-                trials[str(rate)] = _run(config, folder).accuracy
+                trials[str(rate)] = run_in(config, folder).accuracy
                 shutil.rmtree(folder)
                 tuned[task][name]["rate"] = float(max(trials, key=lambda r: (trials[r], -float(r))))
                 (out / TUNING_FILE).write_text(json.dumps(tuned, indent=2) + "\n", encoding="utf-8")
@@ -98,14 +98,6 @@ def _tuning_config(task: str, variant: Variant, data: Path, rate: float) -> RunC
         "runtime.num_threads": 1,
     }
     return parse_config(with_overrides({}, settings | changed))
-
-
-def _run(config: RunConfig, folder: Path) -> Any:
-    directory = RunDirectory(folder)
-    if not directory.config_file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        directory.write_config(config)
-    return run(directory.read_config(), directory, (), config.label or "")
 
 
 def _finished(out: Path, task: str, name: str) -> Iterator[Row]:

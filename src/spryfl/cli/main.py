@@ -8,6 +8,7 @@ import typer
 
 from spryfl.cli.bench import bench
 from spryfl.cli.check import check
+from spryfl.cli.compare import compare
 from spryfl.cli.fit_maps import fit_maps
 from spryfl.cli.init import init
 from spryfl.cli.list import list_
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run)
+app.command("compare")(compare)
 app.command("init")(init)
 app.command("check")(check)
 app.command("plan")(plan)

@@ -7,8 +7,9 @@ every problem at once, each with its remedy.
 from spryfl.config.data import TASK_KINDS, DataConfig, PartitionConfig, TaskConfig, TaskKind
 from spryfl.config.method import GuideConfig, MethodConfig
 from spryfl.config.model import ADAPTER_KINDS, AdapterConfig, ModelConfig
-from spryfl.config.reading import compared_configs, load_config, parse_config, with_overrides
+from spryfl.config.reading import compared_configs, load_config, load_suite, parse_config, with_overrides
 from spryfl.config.run import CompareConfig, RunConfig
+from spryfl.config.suite import DatasetEntry, MethodEntry, SearchConfig, SearchRange, SuiteConfig
 from spryfl.config.training import ClientsConfig, EvaluationConfig, LocalConfig, RuntimeConfig, ServerConfig
 
 __all__ = [
@@ -18,19 +19,25 @@ __all__ = [
     "ClientsConfig",
     "CompareConfig",
     "DataConfig",
+    "DatasetEntry",
     "EvaluationConfig",
     "GuideConfig",
     "LocalConfig",
     "MethodConfig",
+    "MethodEntry",
     "ModelConfig",
     "PartitionConfig",
     "RunConfig",
     "RuntimeConfig",
+    "SearchConfig",
+    "SearchRange",
     "ServerConfig",
+    "SuiteConfig",
     "TaskConfig",
     "TaskKind",
     "compared_configs",
     "load_config",
+    "load_suite",
     "parse_config",
     "with_overrides",
 ]

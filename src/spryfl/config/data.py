@@ -15,8 +15,10 @@ class DataConfig(Part):
     subset: str | None = Field(None, description="the hub dataset's configuration, such as 'mnli' of glue")
     text_columns: tuple[str, ...] = Field(("text",), min_length=1, max_length=2, description="one, or two for pairs")
     label_column: str = "label"
-    test_split: str | None = Field(None, description="split evaluated on; test, else validation, by default")
-    test_fraction: Fraction = Field(0.2, description="cut off train where there is no test split")
+    test_split: str | None = Field(
+        None, description="split evaluated on; test, else validation, by default; train cuts a part off that"
+    )
+    test_fraction: Fraction = Field(0.2, description="cut off train where there is no test split, or where it is train")
     max_tokens: Positive = Field(64, description="longer texts are truncated")
     max_train_examples: Positive | None = None
     max_test_examples: Positive | None = None

@@ -1,19 +1,23 @@
-"""From a TOML file or nested tables to a run's configuration; every problem at once, each with its remedy."""
+"""From a TOML file or nested tables to a run's or a suite's configuration; every problem at once, with its remedy."""
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from spryfl.config.run import CompareConfig, RunConfig
+from spryfl.config.part import Part
+from spryfl.config.run import RunConfig
+from spryfl.config.suite import SuiteConfig
 from spryfl.errors import ConfigError, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -22,23 +26,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or no TOML, or holds unknown keys or impossible values.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Start one with: spry init {path.name}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    table = _read_toml(path, f"Start one with: spry init {path.name}")
     config = parse_config(with_overrides(table, dict(map(_parse_override, overrides))))
     compared_configs(config)  # a mistake in a later run must show before the first one starts
     return config
 
 
+def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
+    """Read a suite's TOML file and apply `part.key=value` overrides to what all its runs share.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or has unknown keys or impossible values of its own; what its
+            runs would say is not asked yet.
+    """
+    suite = _parse(SuiteConfig, _read_toml(path, "Suites to start from are in benchmarks/suites"))
+    return suite.model_copy(update={"base": with_overrides(suite.base, dict(map(_parse_override, overrides)))})
+
+
 def parse_config(table: Mapping[str, Any]) -> RunConfig:
     """Validate a configuration given as nested tables; all problems are reported at once."""
-    try:
-        return RunConfig.model_validate(table)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(dict(problem)) for problem in error.errors())) from None
+    return _parse(RunConfig, table)
 
 
 def compared_configs(config: RunConfig) -> dict[str, RunConfig]:
@@ -61,6 +68,22 @@ def with_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
     return result
 
 
+def _read_toml(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. {remedy}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _parse(kind: type[AnyPart], table: Mapping[str, Any]) -> AnyPart:
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(dict(problem), kind) for problem in error.errors())) from None
+
+
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
@@ -72,13 +95,13 @@ def _parse_override(text: str) -> tuple[str, Any]:
     return key.strip(), value
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def _explain(problem: Mapping[str, Any], root: type[Part]) -> str:
     """One line for one pydantic error, with the nearest known key where one is unknown."""
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, key = (str(part) for part in problem["loc"])
-        known = _fields(parents)
-        home = [f"{part}.{key}" for part in RunConfig.model_fields if key in _fields([part])]
+        known = _fields(parents, root)
+        home = [f"{part}.{key}" for part in root.model_fields if key in _fields([part], root)]
         hint = nearest(key, known) or (f" It belongs to {home[0]}." if home else "")
         return f"unknown key '{path}'." + (hint or f" Known here: {', '.join(known)}.")
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -87,14 +110,12 @@ def _explain(problem: Mapping[str, Any]) -> str:
     return f"{path}: {message}{shown}" if path else f"{message}{shown}"
 
 
-def _fields(parents: Sequence[str]) -> list[str]:
-    """The keys known at a path of tables."""
-    part: type[BaseModel] = RunConfig
+def _fields(parents: Sequence[str], root: type[Part]) -> list[str]:
+    """The keys known at a path of tables, of which some lie in lists or under names of their own."""
+    part: type[BaseModel] = root
     for parent in parents:
-        if parent.isdigit():
-            part = CompareConfig
-            continue
         annotation = part.model_fields[parent].annotation if parent in part.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            part = annotation
+        for kind in (annotation, *get_args(annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                part = kind
     return list(part.model_fields)

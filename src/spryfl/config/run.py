@@ -82,3 +82,23 @@ class RunConfig(Part):
                     "or take it out there"
                 )
         return self
+
+    def differences(self, other: "RunConfig") -> list[str]:
+        """'part.key: this one's value, the other's' of all that changes a result: not labels, not processes."""
+        ours, theirs = (_flat(config.model_dump(mode="json", exclude=_NO_RESULT)) for config in (self, other))
+        return [
+            f"{key}: {ours.get(key)!r}, now {theirs.get(key)!r}"
+            for key in ours | theirs
+            if ours.get(key) != theirs.get(key)
+        ]
+
+
+_NO_RESULT = {"label", "runtime"}
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -121,13 +121,13 @@ def _train_and_test(splits: Mapping[str, Dataset], config: DataConfig, seed: int
     if "train" not in splits:
         raise DataError(f"data.name = '{config.name}': no split named train; it has {sorted(splits)}")
     if config.test_split is not None and config.test_split not in splits:
-        known = sorted(set(splits) - {"train"})
+        known = sorted(splits)
         raise DataError(
             f"data.test_split = '{config.test_split}': no such split.{nearest(config.test_split, known)} It has {known}"
         )
     train = splits["train"]
     test_split = config.test_split or next((name for name in TEST_SPLITS if name in splits), None)
-    if test_split is not None:
+    if test_split not in (None, "train"):
         return train, splits[test_split]
     num_test = int(len(train) * config.test_fraction)
     if not 0 < num_test < len(train):

@@ -18,7 +18,7 @@ def plot_run(events: Sequence[RoundEvent], label: str, folder: Path) -> None:
     loss.plot([e.round for e in events if e.loss is not None], [e.loss for e in events if e.loss is not None])
     loss.set(xlabel="round", ylabel="clients' mean training loss")
     loss.grid(alpha=0.3)
-    _save(figure, folder / "progress.png")
+    save_figure(figure, folder / "progress.png")
 
 
 def plot_comparison(events: Mapping[str, Sequence[RoundEvent]], summaries: Sequence[Summary], folder: Path) -> None:
@@ -39,7 +39,7 @@ def plot_comparison(events: Mapping[str, Sequence[RoundEvent]], summaries: Seque
         axes.margins(x=0.18)
         axes.invert_yaxis()
     up.set_yticklabels([])
-    _save(figure, folder / "comparison.png")
+    save_figure(figure, folder / "comparison.png")
 
 
 def _score_over_rounds(axes: Axes, events: Mapping[str, Sequence[RoundEvent]]) -> None:
@@ -51,7 +51,8 @@ def _score_over_rounds(axes: Axes, events: Mapping[str, Sequence[RoundEvent]]) -
     axes.grid(alpha=0.3)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG beside and rename it: whoever looks sees the old plot or the new."""
     temporary = path.with_suffix(".tmp.png")
     FigureCanvasAgg(figure).print_png(str(temporary))
     temporary.replace(path)

@@ -14,16 +14,20 @@ from spryfl.tracking.events import RoundEvent, Summary
 
 WIDE = 92  # columns; narrower terminals go without the bar
 _SHORT = {"accuracy": "acc", "perplexity": "ppl"}
-_EMPTY: dict[str, Any] = {"loss": "", "score": "", "up": "", "down": "", "peak": ""}
+EMPTY: dict[str, Any] = {"loss": "", "score": "", "up": "", "down": "", "peak": ""}
 
 
 class ConsoleObserver:
     """One line a run: round, loss, accuracy, bytes up and down, activation peak, time left.
 
+    Off a terminal each evaluated round is told instead.
+
     Args:
         labels: of the runs to come, in order; num_rounds: of each.
         hidden: show nothing at all.
     """
+
+    _tells_rounds = True
 
     def __init__(self, labels: Sequence[str], num_rounds: Sequence[int], *, hidden: bool) -> None:
         self._console = Console(stderr=True, quiet=hidden)
@@ -42,7 +46,7 @@ class ConsoleObserver:
             disable=hidden or not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {
-            label: self._progress.add_task(label, total=total, start=False, **_EMPTY)
+            label: self._progress.add_task(label, total=total, start=False, **EMPTY)
             for label, total in zip(labels, num_rounds, strict=True)
         }
         self._current: TaskID = TaskID(0)
@@ -91,7 +95,7 @@ class ConsoleObserver:
             text = f"round {event.round}: no client of the cohort has the memory for {', '.join(event.unheld)}"
             self._console.print(f"[yellow]{text}", highlight=False, soft_wrap=True)
         self._print_choices(event)
-        if not self._console.is_terminal and event.score is not None:
+        if self._tells_rounds and not self._console.is_terminal and event.score is not None:
             loss = "" if event.loss is None else f", loss {event.loss:.3f}"
             self._console.print(
                 f"{self._label}: round {event.round}{loss}, {metric} {event.score:.3f}, {fields['up']}, "

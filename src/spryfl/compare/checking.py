@@ -1,0 +1,76 @@
+"""All that can be wrong with a suite, asked before its first run: settings, data, and what lies there already."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+
+from spryfl.compare.cells import Cell, Suite, collected
+from spryfl.compare.search import read_outcome, require_same_search, search_config
+from spryfl.data.loading import load_rows
+from spryfl.errors import SpryError
+from spryfl.run import require_same
+from spryfl.tracking.run_directory import RunDirectory
+
+
+def check_cells(suite: Suite, cells: Sequence[Cell]) -> None:
+    """Refuse a suite of which some run could not begin, or could not go on; all problems at once.
+
+    Raises:
+        SpryError: with every problem once, and the cells that have it.
+    """
+    if suite.data is not None and not suite.data.is_dir():
+        raise SpryError(f"--data {suite.data}: no such folder")
+    if suite.config.search is not None and find_spec("optuna") is None:
+        raise SpryError("[search] needs Optuna: pip install 'spryfl[search]', or take [search] out")
+    problems: dict[str, list[str]] = defaultdict(list)
+    known: dict[str, str | None] = {}
+    for cell in cells:
+        for problem in dict.fromkeys(_problems(suite, cell, known)):
+            problems[problem].append(cell.name)
+    if problems:
+        raise collected(problems, len(cells))
+
+
+def _problems(suite: Suite, cell: Cell, known: dict[str, str | None]) -> Iterator[str]:
+    """What is wrong with a cell's run, with a trial at any corner of its search, with its data, with what is there."""
+    space = suite.config.space_of(cell.method)
+    corners = product(*(own.ends for own in space.values())) if space else ()
+    attempts = [lambda: suite.run_config(cell)]
+    attempts += [partial(search_config, suite, cell, dict(zip(space, values, strict=True))) for values in corners]
+    failures = [problem for attempt in attempts if (problem := _problem(attempt)) is not None]
+    yield from failures
+    if failures:
+        return
+    there = _problem(lambda: _require_going_on(suite, cell))
+    if there is not None:
+        yield there
+    elif not suite.is_finished(cell):
+        config = suite.run_config(cell)
+        key = config.data.model_dump_json()  # looked at once, whatever the seed
+        if key not in known:
+            known[key] = _problem(lambda: load_rows(config.data, config.seed))
+        if (problem := known[key]) is not None:
+            yield problem
+
+
+def _problem(attempt: Callable[[], object]) -> str | None:
+    """Why something cannot be done; None if it can."""
+    try:
+        attempt()
+    except SpryError as error:
+        return str(error)
+    return None
+
+
+def _require_going_on(suite: Suite, cell: Cell) -> None:
+    """What is there already must be of the same settings."""
+    if suite.config.search is not None:
+        require_same_search(suite, cell)
+        if read_outcome(suite, cell) is None:
+            return
+    directory = RunDirectory(suite.folder(cell))
+    if directory.config_file.exists():
+        outcome = read_outcome(suite, cell)
+        require_same(directory, suite.run_config(cell, None if outcome is None else outcome.settings))

@@ -1,0 +1,36 @@
+"""Mean and confidence interval over seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from scipy.stats import t
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds.
+
+    Attributes:
+        half_width: of Student's t interval; None of a single value, which says nothing of its spread.
+    """
+
+    mean: float
+    half_width: float | None
+    count: int
+
+    def shown(self, form: str = ".3f") -> str:
+        """As in tables: 0.750 ± 0.043."""
+        spread = "" if self.half_width is None else f" ± {self.half_width:{form}}"
+        return f"{self.mean:{form}}{spread}"
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of at least one value, with the interval that covers the true mean of normal values so often."""
+    count = len(values)
+    if count == 1:
+        return Interval(values[0], None, 1)
+    half_width = float(t.ppf((1 + confidence) / 2, count - 1)) * stdev(values) / count**0.5
+    return Interval(fmean(values), half_width, count)

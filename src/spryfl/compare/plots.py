@@ -1,0 +1,72 @@
+"""Curves of a dataset's methods: score over rounds, over clients' processor time, over bytes."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from spryfl.compare.intervals import interval
+from spryfl.compare.results import Result
+from spryfl.report.plots import save_figure
+from spryfl.tracking.events import RoundEvent
+
+Quantity = Callable[[RoundEvent], float]
+AXES: tuple[tuple[str, Quantity], ...] = (
+    ("round", lambda event: float(event.round > 0)),
+    ("client CPU seconds", lambda event: event.client_cpu_seconds),
+    ("MB up and down", lambda event: (event.bytes_up + event.bytes_down) / 1e6),
+)
+"""What a score is drawn over: the label, and what one round adds."""
+MARKERS = "osD^v<>pPX*hd"
+
+
+def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) -> None:
+    """Three panels of one dataset: a line for each method, the mean over seeds, with its confidence interval.
+
+    The score before training, which costs nothing and is the same for all, is left out.
+
+    Args:
+        methods: labels of all the suite's methods, so that each has its colour in every dataset.
+    """
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(AXES), sharey=True)
+    by_label: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        by_label[result.row.label].append(result)
+    for axes, (label, quantity) in zip(panels, AXES, strict=True):
+        for place, method in enumerate(methods):
+            if method in by_label:
+                _draw(axes, by_label[method], method, quantity, place)
+        if results[0].row.target is not None:
+            axes.axhline(results[0].row.target, color="grey", linestyle=":", linewidth=1)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"test {results[0].row.metric}")
+    for axes in panels[1:]:
+        axes.set_xscale("log")  # costs of methods lie powers of ten apart
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    save_figure(figure, path)
+
+
+def _draw(axes: Axes, results: Sequence[Result], label: str, quantity: Quantity, place: int) -> None:
+    """One method's line; at each evaluated round the mean over seeds of both coordinates."""
+    points: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for result in results:
+        taken = accumulate(quantity(event) for event in result.events)
+        for event, so_far in zip(result.events, taken, strict=True):
+            if event.score is not None and so_far > 0:
+                points[event.round].append((so_far, event.score))
+    rounds = sorted(points)
+    x = np.array([np.mean([so_far for so_far, _ in points[round]]) for round in rounds])
+    spans = [interval([score for _, score in points[round]]) for round in rounds]
+    mean, half = np.array([s.mean for s in spans]), np.array([s.half_width or 0.0 for s in spans])
+    colour, line = f"C{place % 10}", "-" if place < 10 else "--"
+    marker = MARKERS[place % len(MARKERS)]
+    axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, linewidth=1.3, label=label)
+    if half.any():
+        axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)

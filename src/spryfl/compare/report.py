@@ -1,0 +1,129 @@
+"""What a suite leaves behind: results.parquet, report.md with plots beside it, and report.html with them inside.
+
+results.parquet   one row a finished run
+report.md         tables and plots
+report.html       the same, in one file that needs no other
+curves-NAME.png   of each dataset
+"""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from spryfl.compare.cells import Suite
+from spryfl.compare.plots import plot_dataset
+from spryfl.compare.results import Result, ResultRow, read_results, write_parquet
+from spryfl.compare.tables import Table, note, results_table, search_table, target_table
+from spryfl.tracking.run_directory import write_atomically
+
+STYLE = (
+    "body{font-family:sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;font-size:.9rem}"
+    "th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
+)
+Block = str | Table | Path
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it: lines of text, tables, plots."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+def write_results(suite: Suite) -> list[ResultRow]:
+    """Everything but the plots and the page: quick, so that it is done after each run."""
+    rows = [result.row for result in read_results(suite)]
+    write_parquet(rows, suite.out / "results.parquet")
+    sections = report_sections(suite, rows)
+    write_atomically(suite.out / "report.md", _markdown(_title(suite), sections).encode())
+    return rows
+
+
+def write_report(suite: Suite) -> list[ResultRow]:
+    """All of it, from the runs that are finished."""
+    results = read_results(suite)
+    labels = [method.shown for method in suite.config.method]
+    for dataset, own in _by_dataset(results).items():
+        plot_dataset(own, labels, _curves(suite, dataset))
+    rows = write_results(suite)
+    page = _html(_title(suite), report_sections(suite, rows))
+    write_atomically(suite.out / "report.html", page.encode())
+    return rows
+
+
+def report_sections(suite: Suite, rows: Sequence[ResultRow]) -> list[Section]:
+    """The report, apart from how it is written down."""
+    reference = next((m.shown for m in suite.config.method if m.name == suite.config.reference), None)
+    total = len(suite.cells())
+    sections = [Section("", [f"{len(rows)} of {total} runs are finished."])]
+    for dataset in suite.config.dataset:
+        own = [row for row in rows if row.dataset == dataset.name]
+        if not own:
+            continue
+        blocks: list[Block] = [note(own), results_table(own)]
+        to_target = target_table(own, reference)
+        if to_target is not None:
+            blocks += [f"To reach {own[0].metric} {own[0].target:g}:", to_target]
+        curves = _curves(suite, dataset.name)
+        sections.append(Section(dataset.name, [*blocks, *([curves] if curves.exists() else [])]))
+    searched = search_table(rows)
+    if searched is not None and suite.config.search is not None:
+        told = (
+            f"Every method had {suite.config.search.trials} trials on each dataset, scored on "
+            f"{suite.config.search.validation_fraction:.0%} of the training data; no trial saw the test split."
+        )
+        sections.append(Section("Settings found", [told, searched]))
+    return sections
+
+
+def _curves(suite: Suite, dataset: str) -> Path:
+    return suite.out / f"curves-{dataset}.png"
+
+
+def _title(suite: Suite) -> str:
+    return suite.config.title or "Comparison"
+
+
+def _by_dataset(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.row.dataset, []).append(result)
+    return found
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    parts = [f"# {title}"]
+    for section in sections:
+        if section.title:
+            parts.append(f"## {section.title}")
+        for block in section.blocks:
+            if isinstance(block, Table):
+                parts.append(block.as_markdown().rstrip())
+            else:
+                parts.append(f"![{block.stem}]({block.name})" if isinstance(block, Path) else block)
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(title: str, sections: Sequence[Section]) -> str:
+    parts = [f"<h1>{escape(title)}</h1>"]
+    for section in sections:
+        if section.title:
+            parts.append(f"<h2>{escape(section.title)}</h2>")
+        for block in section.blocks:
+            if isinstance(block, Table):
+                parts.append(block.as_html())
+            elif isinstance(block, Path):
+                data = b64encode(block.read_bytes()).decode()
+                parts.append(f'<img alt="{escape(block.stem)}" src="data:image/png;base64,{data}">')
+            else:
+                parts.append(f"<p>{escape(block)}</p>")
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )

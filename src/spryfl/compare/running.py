@@ -1,0 +1,44 @@
+"""A suite's runs, one after another, each resumable on its own."""
+
+from collections.abc import Sequence
+
+from spryfl.compare.cells import Cell, Suite, in_order
+from spryfl.compare.checking import check_cells
+from spryfl.compare.report import write_report, write_results
+from spryfl.compare.results import ResultRow
+from spryfl.compare.search import search
+from spryfl.errors import SpryError
+from spryfl.run import run_in
+from spryfl.tracking.events import Observer
+
+
+def compare(suite: Suite, cells: Sequence[Cell], observers: Sequence[Observer] = ()) -> list[ResultRow]:
+    """Do what is left of some cells of a suite, then report on all its runs that are finished.
+
+    Results are written after each run, so a suite that was killed has them too. A run that fails does not keep the
+    others from theirs; a search is done when its first run is due.
+
+    Raises:
+        SpryError: before any work, with everything that is wrong with the cells; after all of it, with the runs that
+            failed.
+    """
+    check_cells(suite, cells)
+    suite.out.mkdir(parents=True, exist_ok=True)
+    failures = []
+    try:
+        for cell in in_order(suite, [cell for cell in cells if not suite.is_finished(cell)]):
+            try:
+                _perform(suite, cell, observers)
+            except SpryError as error:
+                failures.append(f"{cell.name} failed: {error}")
+            write_results(suite)
+    finally:
+        rows = write_report(suite)
+    if failures:
+        raise SpryError("; ".join(failures))
+    return rows
+
+
+def _perform(suite: Suite, cell: Cell, observers: Sequence[Observer]) -> None:
+    found = search(suite, cell, observers).settings if suite.config.search is not None else {}
+    run_in(suite.run_config(cell, found), suite.folder(cell), observers, cell.label)

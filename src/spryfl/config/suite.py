@@ -1,0 +1,144 @@
+"""A suite: methods x datasets x seeds on shared settings, and the search of their hyperparameters."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from spryfl.config.part import Fraction, Part, Positive
+from spryfl.errors import nearest
+from spryfl.federated.method import METHODS
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_OF_THE_SUITE = {
+    "seed": "a suite has seeds = [0, 1, 2]",
+    "label": "each [[method]] has a label of its own",
+    "compare": "what is compared are the suite's [[method]] entries",
+}
+"""Keys of a run's file that [base] does not take, and what a suite has in their place."""
+
+
+class SearchRange(Part):
+    """The values of one key that a search tries: a range, whole numbers where both ends are, or a few choices."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    scale: Literal["log", "linear"] = "log"
+    choices: tuple[bool | int | float | str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "SearchRange":
+        if self.choices and (self.low is not None or self.high is not None):
+            raise ValueError("give low and high, or choices, not both")
+        if self.choices:
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("give low and high, or choices, such as { low = 1e-3, high = 1e-1 }")
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} is not below high = {self.high}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low = {self.low}: a log scale begins above 0; raise it, or set scale = 'linear'")
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values that must be possible for all others to be: both ends, or every choice."""
+        return self.choices or (self.low, self.high)
+
+
+LEARNING_RATES = {
+    "local.learning_rate": SearchRange(low=1e-3, high=1.0),
+    "server.learning_rate": SearchRange(low=1e-3, high=1.0),
+}
+
+
+class SearchConfig(Part):
+    """The same number of trials for each method, on a part of the training data."""
+
+    trials: Positive = 8
+    rounds: Positive | None = Field(None, description="of a trial; a run's own number by default")
+    seed: int = Field(100, ge=0, lt=2**32, description="of the trials' runs and of the points that are tried")
+    validation_fraction: Fraction = Field(0.2, description="cut off train; the test split is never looked at")
+    space: dict[str, SearchRange] = Field(LEARNING_RATES, min_length=1, description="'part.key' = range")
+
+
+class DatasetEntry(Part):
+    """One dataset, as a suite's runs see it."""
+
+    name: str = Field(pattern=NAME, description="names it in tables and folders")
+    target: float | None = Field(None, description="score whose cost in time and bytes is told")
+    set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value")
+
+
+class MethodEntry(Part):
+    """One method, as a suite's runs use it; without method.name in `set`, a name that is a method's chooses that."""
+
+    name: str = Field(pattern=NAME, description="names it in folders")
+    label: str | None = Field(None, description="in tables and plots; the name by default")
+    set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value; goes before a dataset's")
+    space: dict[str, SearchRange] = Field(
+        default_factory=dict, description="its own ranges of keys of search.space, with the same number of trials"
+    )
+
+    @property
+    def shown(self) -> str:
+        """What tables and plots call it."""
+        return self.label or self.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """`set`, with the method that the name alone stands for."""
+        own = {"method.name": self.name} if self.name in METHODS else {}
+        return own | self.set
+
+
+class SuiteConfig(Part):
+    """Methods x datasets x seeds; `base` holds what all runs share, as a run's file does."""
+
+    title: str | None = Field(None, description="of the report")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    reference: str | None = Field(None, description="the [[method]] whose time and bytes the others are told against")
+    base: dict[str, Any] = Field(default_factory=dict)
+    dataset: tuple[DatasetEntry, ...] = Field(min_length=1)
+    method: tuple[MethodEntry, ...] = Field(min_length=1)
+    search: SearchConfig | None = None
+
+    @model_validator(mode="after")
+    def _names_and_seeds_differ(self) -> "SuiteConfig":
+        for kind, names in (
+            ("dataset", [entry.name for entry in self.dataset]),
+            ("method", [entry.name for entry in self.method]),
+            ("method labels", [entry.shown for entry in self.method]),
+            ("seeds", [str(seed) for seed in self.seeds]),
+        ):
+            twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+            if twice:
+                raise ValueError(f"{kind}: must differ, but {', '.join(twice)} stands there twice")
+        for key, remedy in _OF_THE_SUITE.items():
+            if key in self.base:
+                raise ValueError(f"base.{key}: {remedy}; leave it out of [base]")
+        return self
+
+    @model_validator(mode="after")
+    def _entries_fit(self) -> "SuiteConfig":
+        names = [entry.name for entry in self.method]
+        if self.reference is not None and self.reference not in names:
+            raise ValueError(
+                f"reference = '{self.reference}': no such [[method]].{nearest(self.reference, names)} There are: "
+                f"{', '.join(names)}"
+            )
+        for entry in self.method:
+            if entry.space and self.search is None:
+                raise ValueError(
+                    f"method '{entry.name}' has a space, but there is no [search]: add it, or leave it out"
+                )
+            unsought = sorted(set(entry.space) - set(self.search.space if self.search else ()))
+            if unsought:
+                raise ValueError(
+                    f"method '{entry.name}': space has {', '.join(unsought)}, which search.space has not; all methods "
+                    "search the same keys, so add it there or leave it out"
+                )
+        return self
+
+    def space_of(self, method: MethodEntry) -> dict[str, SearchRange]:
+        """The ranges that a method's search draws from."""
+        return {} if self.search is None else self.search.space | method.space

@@ -1,0 +1,185 @@
+"""Whole suites with a tiny model: resuming, searching, failing, reporting."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from pyarrow import parquet
+
+from spryfl.cli.main import main
+from spryfl.compare.cells import Suite
+from spryfl.compare.results import ResultRow
+from spryfl.compare.running import compare
+from spryfl.compare.search import read_outcome
+from spryfl.config import SuiteConfig
+from spryfl.errors import SpryError
+from spryfl.tracking.events import RoundEvent, Summary
+
+
+class Watcher:
+    """Notes what is run; stops before the client of a given number."""
+
+    def __init__(self, stop_before: int | None = None) -> None:
+        self.started_labels: list[str] = []
+        self.rounds: list[tuple[str, int]] = []
+        self._left = stop_before
+
+    def started(self, label: str, first_round: int, num_rounds: int) -> None:
+        self.started_labels.append(label)
+
+    def before_client(self) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+
+    def round_finished(self, event: RoundEvent) -> None:
+        self.rounds.append((self.started_labels[-1], event.round))
+
+    def finished(self, summary: Summary) -> None: ...
+
+
+@pytest.fixture
+def table(tiny_table: dict[str, Any]) -> dict[str, Any]:
+    base = tiny_table | {"server": {"num_rounds": 2, "cohort_size": 2, "learning_rate": 0.01}}
+    return {
+        "title": "Tiny <suite>",
+        "seeds": [0, 1],
+        "reference": "fedyogi",
+        "base": base,
+        "dataset": [{"name": "reviews", "target": 0.1}],
+        "method": [{"name": "spry", "label": "Spry"}, {"name": "fedyogi"}],
+    }
+
+
+def without_times(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    times = ("client_seconds", "client_cpu_seconds", "seconds")
+    return [replace(row, **dict.fromkeys(times, 0.0), **{f"{name}_to_target": 0.0 for name in times}) for row in rows]
+
+
+def test_a_killed_suite_repeats_nothing(table: dict[str, Any], tmp_path: Path) -> None:
+    config = SuiteConfig.model_validate(table)
+    whole, stopped = Suite(config, tmp_path / "whole"), Suite(config, tmp_path / "stopped")
+    everything, before, after = Watcher(), Watcher(stop_before=7), Watcher()
+    rows = compare(whole, whole.cells(), [everything])
+    assert everything.started_labels == [f"reviews, {m}, seed {s}" for s in (0, 1) for m in ("Spry", "fedyogi")]
+
+    with pytest.raises(KeyboardInterrupt):  # four clients are a run: in the second one's second round
+        compare(stopped, stopped.cells(), [before])
+    assert "1 of 4 runs are finished" in (stopped.out / "report.html").read_text()
+    assert parquet.read_table(stopped.out / "results.parquet").num_rows == 1
+    resumed = compare(stopped, stopped.cells(), [after])
+
+    assert before.rounds + after.rounds == everything.rounds
+    assert after.started_labels == everything.started_labels[1:]
+    assert without_times(resumed) == without_times(rows)
+    idle = Watcher()
+    assert without_times(compare(stopped, stopped.cells(), [idle])) == without_times(rows)
+    assert idle.started_labels == []
+
+    found = parquet.read_table(whole.out / "results.parquet").to_pylist()
+    assert [(row["variant"], row["seed"]) for row in found] == [
+        ("spry", 0),
+        ("fedyogi", 0),
+        ("spry", 1),
+        ("fedyogi", 1),
+    ]
+    assert found[0]["bytes_up"] == RunFiles(whole, 0).summary["bytes_up"]
+    assert found[0]["central_test"] == RunFiles(whole, 0).summary["score"]
+    page = (whole.out / "report.html").read_text()
+    assert "Tiny &lt;suite&gt;" in page
+    assert page.count('src="data:image/png;base64,') == 1
+    assert "http" not in page
+    text = (whole.out / "report.md").read_text()
+    assert "![curves-reviews](curves-reviews.png)" in text
+    assert "x fedyogi's CPU" in text
+
+    changed = Suite(
+        SuiteConfig.model_validate(table | {"base": table["base"] | {"local": {"batch_size": 2}}}), whole.out
+    )
+    with pytest.raises(SpryError, match=r"run of other settings \(local.batch_size: 4, now 2\): choose another --out"):
+        compare(changed, changed.cells())
+
+
+class RunFiles:
+    """What lies in the folder of a suite's cell."""
+
+    def __init__(self, suite: Suite, place: int) -> None:
+        self.summary = json.loads((suite.folder(suite.cells()[place]) / "summary.json").read_text())
+
+
+def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(table: dict[str, Any], tmp_path: Path) -> None:
+    search = {"trials": 2, "rounds": 1, "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
+    config = SuiteConfig.model_validate(table | {"seeds": [0], "search": search})
+    whole, stopped = Suite(config, tmp_path / "whole"), Suite(config, tmp_path / "stopped")
+    everything, before, after = Watcher(), Watcher(stop_before=3), Watcher()
+    compare(whole, whole.cells(), [everything])
+    spry, yogi = (read_outcome(whole, cell) for cell in whole.cells())
+    assert spry is not None
+    assert yogi is not None
+    assert len(spry.trials) == len(yogi.trials) == 2
+    assert spry.trials[0].settings == yogi.trials[0].settings != spry.trials[1].settings
+    scores = [trial.score for trial in spry.trials]
+    assert spry.score == max(score for score in scores if score is not None)
+    assert spry.settings == spry.trials[scores.index(spry.score)].settings
+    assert (
+        whole.run_config(whole.cells()[0], spry.settings).server.learning_rate == spry.settings["server.learning_rate"]
+    )
+    assert RunFiles(whole, 0).summary["rounds"] == 2
+    assert "| reviews, Spry | 2 |" in (whole.out / "report.md").read_text()
+
+    with pytest.raises(KeyboardInterrupt):  # two clients are a trial: in the second one
+        compare(stopped, stopped.cells(), [before])
+    compare(stopped, stopped.cells(), [after])
+    assert before.rounds + after.rounds == everything.rounds
+    assert [read_outcome(stopped, cell) for cell in stopped.cells()] == [spry, yogi]
+    assert not list(stopped.out.glob("search/*/*/trial-*"))
+
+    changed = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search | {"trials": 3}}), whole.out)
+    with pytest.raises(SpryError, match=r"search of other settings \(trials differ\)"):
+        compare(changed, changed.cells())
+
+
+def test_a_run_that_fails_does_not_stop_the_others(table: dict[str, Any], tmp_path: Path) -> None:
+    impossible = {
+        "name": "tight",
+        "set": {"method.name": "fedavg", "method.checkpointing": "budgeted", "method.budget": 9},
+    }
+    config = SuiteConfig.model_validate(
+        table | {"seeds": [0], "method": [impossible, {"name": "spry"}], "reference": None}
+    )
+    suite = Suite(config, tmp_path / "out")
+    with pytest.raises(SpryError, match=r"^reviews/tight/0 failed: method.budget = 9 bytes"):
+        compare(suite, suite.cells())
+    assert [row["variant"] for row in parquet.read_table(suite.out / "results.parquet").to_pylist()] == ["spry"]
+
+
+def spry(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["spry", "compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], table: dict[str, Any], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(tomli_w.dumps(table))
+    assert spry(monkeypatch, "mine.toml", "--only", "*/spry/0", "--set", "server.num_rounds=1") == 0
+    out, err = capsys.readouterr()
+    assert "[1/1] reviews, Spry, seed 0: accuracy" in err
+    assert "| Spry | 1 |" in out
+    assert "runs/mine: report.html" in out
+    assert spry(monkeypatch, "mine.toml", "--only", "*/spry/0", "--set", "server.num_rounds=1", "--json") == 0
+    out, err = capsys.readouterr()
+    assert (err, [row["rounds"] for row in json.loads(out)]) == ("", [1])
+    assert spry(monkeypatch, "mine.toml", "--only", "*/spry/0") == 2
+    assert "holds a run of other settings (server.num_rounds: 1, now 2)" in capsys.readouterr().err
+    assert spry(monkeypatch, "gone.toml") == 2
+    assert "gone.toml: no such file" in capsys.readouterr().err

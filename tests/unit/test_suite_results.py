@@ -1,0 +1,173 @@
+"""Confidence intervals, time and bytes to a target, tables: all by hand-sized numbers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from spryfl.compare.intervals import interval
+from spryfl.compare.plots import plot_dataset
+from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
+from spryfl.compare.tables import Table, results_table, search_table, target_table
+from spryfl.tracking.events import RoundEvent
+
+
+def event(round: int, score: float | None, **more: Any) -> RoundEvent:
+    values: dict[str, Any] = {
+        "round": round,
+        "method": "spry",
+        "loss": 1.0,
+        "accuracy": score,
+        "test_loss": 1.0,
+        "bytes_up": 10 * (round > 0),
+        "bytes_down": 100 * (round > 0),
+        "seconds": 3.0,
+        "client_seconds": 2.0 * (round > 0),
+        "client_cpu_seconds": 1.0 * (round > 0),
+        "peak_activation_bytes": 5,
+        "num_updates": 2,
+        "metrics": {} if score is None else {"accuracy": score},
+    }
+    return RoundEvent(**values | more)
+
+
+def row(**more: Any) -> ResultRow:
+    values: dict[str, Any] = {
+        "dataset": "reviews",
+        "model": "m",
+        "method": "spry",
+        "variant": "spry",
+        "label": "Spry",
+        "adapter": "lora",
+        "alpha": 0.1,
+        "seed": 0,
+        "rounds": 3,
+        "metric": "accuracy",
+        "generalized": None,
+        "personalized": None,
+        "central_test": 0.5,
+        "loss": 1.0,
+        "client_seconds": 20.0,
+        "client_cpu_seconds": 10.0,
+        "seconds": 30.0,
+        "bytes_up": 10**6,
+        "bytes_down": 2 * 10**6,
+        "activation_peak_bytes": 3 * 10**6,
+        "target": None,
+        "rounds_to_target": None,
+        "client_seconds_to_target": None,
+        "client_cpu_seconds_to_target": None,
+        "seconds_to_target": None,
+        "bytes_to_target": None,
+        "search_trials": 0,
+        "settings": "{}",
+    }
+    return ResultRow(**values | more)
+
+
+def test_interval_by_hand() -> None:
+    """1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.30265, so 4.30265 / sqrt(3) = 2.48414."""
+    found = interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.count) == (2.0, 3)
+    assert found.half_width == pytest.approx(2.48414, abs=1e-5)
+    assert found.shown() == "2.000 ± 2.484"
+    # two values: t(0.95, 1) = 6.31375, deviation sqrt(2) / 2 of 1 and 2
+    assert interval([1.0, 2.0], 0.9).half_width == pytest.approx(6.31375 * 0.5, abs=1e-4)
+    assert interval([0.7]).shown() == "0.700"
+
+
+def test_cost_to_a_target_is_counted_to_the_first_round_that_was_good_enough() -> None:
+    events = [event(0, 0.3), event(1, None), event(2, 0.6), event(3, 0.55), event(4, 0.7)]
+    assert reached(events, 0.6, "accuracy") == Reached(2, 4.0, 2.0, 9.0, 220)
+    assert reached(events, 0.65, "accuracy") == Reached(4, 8.0, 4.0, 15.0, 440)
+    assert reached(events, 0.3, "accuracy") == Reached(0, 0.0, 0.0, 3.0, 0)
+    assert reached(events, 0.8, "accuracy") is None
+
+
+def test_less_perplexity_is_better() -> None:
+    events = [event(r, None, metrics={"perplexity": p}) for r, p in ((0, 50.0), (1, 30.0), (2, 20.0))]
+    found = reached(events, 30.0, "perplexity")
+    assert found is not None
+    assert found.round == 1
+    assert reached(events, 10.0, "perplexity") is None
+
+
+def test_parquet_has_a_column_of_each_field_even_where_all_are_empty(tmp_path: Path) -> None:
+    rows = [row(), row(seed=1, central_test=0.75, search_trials=8, settings='{"server.learning_rate": 0.1}')]
+    write_parquet(rows, tmp_path / "results.parquet")
+    table = parquet.read_table(tmp_path / "results.parquet")
+    assert table.num_rows == 2
+    wanted = (
+        "dataset model method adapter alpha seed rounds generalized personalized central_test client_seconds bytes_up "
+        "bytes_down activation_peak_bytes"
+    )
+    assert set(wanted.split()) <= set(table.column_names)
+    assert str(table.schema.field("generalized").type) == "double"
+    assert table.to_pylist()[1]["central_test"] == 0.75
+
+
+def test_results_table_by_hand() -> None:
+    rows = [row(), row(seed=1, central_test=0.7, client_cpu_seconds=30.0), row(label="Other", variant="other")]
+    assert results_table(rows).as_markdown().splitlines() == [
+        "| method | seeds | central test | client CPU (s) | activation peak (MB) | up (MB) | down (MB) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| Spry | 2 | 0.600 ± 1.271 | 20 | 3 | 1 | 2 |",  # t(0.975, 1) = 12.706, times 0.1
+        "| Other | 1 | 0.500 | 10 | 3 | 1 | 2 |",
+    ]
+    with_clients = results_table([replace(rows[0], generalized=0.61, personalized=0.72)])
+    assert with_clients.lines[0][2:5] == ["0.500", "0.610", "0.720"]
+
+
+def test_target_table_compares_the_seeds_that_both_reached() -> None:
+    def there(cpu: float, seed: int, label: str) -> ResultRow:
+        return row(
+            label=label,
+            seed=seed,
+            target=0.6,
+            rounds_to_target=2,
+            client_seconds_to_target=2 * cpu,
+            client_cpu_seconds_to_target=cpu,
+            bytes_to_target=int(cpu * 10**6),
+        )
+
+    rows = [
+        there(4.0, 0, "Spry"),
+        there(8.0, 1, "Spry"),
+        there(10.0, 0, "Yogi"),
+        row(label="Yogi", seed=1, target=0.6),  # not there in seed 1, so seed 0 alone is compared
+        row(label="MeZO", target=0.6),
+    ]
+    table = target_table(rows, "Yogi")
+    assert table is not None
+    assert table.headings[-2:] == ["x Yogi's CPU", "x Yogi's bytes"]
+    assert list(map(list, table.lines)) == [
+        ["Spry", "2 of 2", "2", "6", "12", "6", "0.40", "0.40"],
+        ["Yogi", "1 of 2", "2", "10", "20", "10", "1.00", "1.00"],
+        ["MeZO", "0 of 1", "", "", "", "", "", ""],
+    ]
+    assert target_table([row()], "Yogi") is None
+
+
+def test_search_table_tells_trials_and_settings() -> None:
+    rows = [row(search_trials=8, settings='{"server.learning_rate": 0.123456, "adapter.rank": 4}'), row(label="Fixed")]
+    table = search_table(rows)
+    assert table is not None
+    assert list(table.headings) == ["dataset, method", "trials", "adapter.rank", "server.learning_rate"]
+    assert list(map(list, table.lines)) == [["reviews, Spry", "8", "4", "0.123"]]
+    assert search_table([row()]) is None
+
+
+def test_html_escapes_what_it_is_given() -> None:
+    assert "<td>a &lt; b</td>" in Table(["x"], [["a < b"]]).as_html()
+
+
+def test_curves_are_drawn_over_rounds_time_and_bytes(tmp_path: Path) -> None:
+    results = [
+        Result(row(label=label, seed=seed, target=0.6), tuple(event(r, 0.3 + 0.1 * r + 0.02 * seed) for r in range(5)))
+        for label in ("Spry", "FedYogi")
+        for seed in (0, 1)
+    ]
+    plot_dataset(results, ["Spry", "FedYogi", "not run yet"], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
