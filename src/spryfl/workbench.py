@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from spryfl.client_choice import ClientChoice, client_choice
 from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
-from spryfl.data.loading import load_rows
-from spryfl.data.partition import Partition, partition_rows
+from spryfl.data.loading import LabelledRows, load_rows
+from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
 from spryfl.data.task import Evaluation, Task
 from spryfl.errors import ConfigError, DataError, nearest
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
@@ -49,6 +49,27 @@ ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
 }
 
 
+def _partition(config: RunConfig, rows: LabelledRows) -> tuple[Partition, Partition]:
+    """The rows that each client trains on, and those that it is evaluated on."""
+    column = config.partition.column
+    if column is not None and column not in rows.train.column_names:
+        known = rows.train.column_names
+        raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
+    whole = partition_rows(
+        config.partition,
+        np.asarray(rows.train[config.data.label_column][:]),
+        None if column is None else rows.train[column][:],
+        config.seed,
+    )
+    partition, held_out = hold_out(whole, config.evaluation.held_out, config.seed)
+    if config.evaluation.held_out > 0 and not any(map(len, held_out)):
+        raise DataError(
+            f"evaluation.held_out = {config.evaluation.held_out:g} is less than a row of every client: raise it, or "
+            "lower partition.num_clients, so that clients hold more rows"
+        )
+    return partition, held_out
+
+
 @dataclass(frozen=True)
 class PartitionData:
     """One client's view of the tokenized training data."""
@@ -73,7 +94,9 @@ class Workbench:
 
     Attributes:
         encode: tokenizes rows for the task; train and test are encoded already.
+        partition: the rows of train that each client trains on.
         num_labels: classes.
+        held_out: the rows of train that each client is evaluated on.
     """
 
     config: RunConfig
@@ -84,21 +107,13 @@ class Workbench:
     test: Examples
     partition: Partition
     num_labels: int
+    held_out: Partition
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "Workbench":
         """Load everything a run needs; every problem with data or model shows here, before any work."""
         rows = load_rows(config.data, config.seed)
-        column = config.partition.column
-        if column is not None and column not in rows.train.column_names:
-            known = rows.train.column_names
-            raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
-        partition = partition_rows(
-            config.partition,
-            np.asarray(rows.train[config.data.label_column][:]),
-            None if column is None else rows.train[column][:],
-            config.seed,
-        )
+        partition, held_out = _partition(config, rows)
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
         low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
@@ -107,7 +122,7 @@ class Workbench:
             require_support(adapted.model, config.model.name)
         task, encode = TASKS[config.task.kind](config, rows, adapted)
         train, test = encode(rows.train), encode(rows.test)
-        bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels)
+        bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels, held_out)
         bench._require_budget()
         bench._require_dimensions()
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
@@ -267,7 +282,11 @@ class Workbench:
 
     def client(self, client: int) -> Client[Batch]:
         """The client of a partition id; its adapter's dropout is on, the base model's is not."""
-        return self.client_with(PartitionData(self.task, self.train, self.partition[client]))
+        own = self.client_with(PartitionData(self.task, self.train, self.partition[client]))
+        held_out, size = self.held_out[client].tolist(), self.config.evaluation.batch_size
+        if not held_out:
+            return own
+        return replace(own, score=partial(self.task.evaluate, examples=self.train, rows=held_out, batch_size=size))
 
     def client_with(self, data: PartitionData) -> Client[Batch]:
         """A client that holds some of the training data."""
@@ -278,6 +297,13 @@ class Workbench:
         """The most tokens, padding included, that a batch of this client can have."""
         lengths = [len(self.train.encodings[row]["input_ids"]) for row in self.partition[client]]
         return max(lengths) * min(self.config.local.batch_size, len(lengths))
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """(clients, labels) rows of each label that each client trains on or holds out; one column without classes."""
+        labels = self.train.labels if self.num_labels else np.zeros(len(self.train), dtype=np.int64)
+        whole = [np.concatenate(parts) for parts in zip(self.partition, self.held_out, strict=True)]
+        return label_counts(whole, labels, max(self.num_labels, 1))
 
     def initial_state(self) -> FederatedState:
         names = parameters_of(self.adapted.units)

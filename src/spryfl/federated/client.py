@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spryfl.errors import SpryError
 from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
-from spryfl.federated.messages import ClientTask, ClientUpdate
+from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.federated.method import Pace
 from spryfl.federated.pacing import Halves
 from spryfl.forward_mode.budget import chunks_of
@@ -37,6 +37,19 @@ class ClientData(Protocol[BatchT]):
     def losses(self, model: nn.Module, batch: BatchT) -> Tensor:
         """(rows,) the loss of each row of the batch."""
         ...
+
+
+class Scores(Protocol):
+    """How a model does on some examples."""
+
+    @property
+    def num_examples(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ class Client(Generic[BatchT]):
     Attributes:
         dropout: the adapter's dropout modules, active during an update; the base model's never are.
         estimators: by name, those that a task's settings may ask for instead.
+        score: how a model does on the rows this client holds out; None where it holds none.
     """
 
     model: nn.Module
@@ -119,6 +133,7 @@ class Client(Generic[BatchT]):
     training: LocalTraining
     dropout: Sequence[nn.Module] = ()
     estimators: Mapping[str, GradientEstimator] = field(default_factory=dict)
+    score: Callable[[nn.Module], Scores] | None = None
 
     def update(self, task: ClientTask) -> ClientUpdate:
         """Perform a task: local steps on the assigned units; the model is left as it was found.
@@ -162,6 +177,25 @@ class Client(Generic[BatchT]):
             seconds=time.perf_counter() - started,
             cpu_seconds=time.process_time() - cpu_started,
         )
+
+    def evaluate(self, task: EvaluationTask) -> ClientEvaluation:
+        """Evaluate values on the rows this client holds out; the model is left as it was found.
+
+        With `task.training` it trains first, as in a round, but for whole epochs whatever the method's pace: the one
+        step of a per-iteration method's round would personalize nothing.
+
+        Raises:
+            SpryError: it holds no rows out.
+        """
+        if self.score is None:
+            raise SpryError(f"client {task.client} holds out no rows")
+        values = task.values
+        if task.training is not None:
+            trained = replace(self, training=replace(self.training, pace="epoch")).update(task.training)
+            values = values | trained.tensors
+        with loaded(self.model, values):
+            scores = self.score(self.model)
+        return ClientEvaluation(task.round, task.client, scores.num_examples, scores.loss, dict(scores.metrics))
 
     def _estimator(self, task: ClientTask) -> GradientEstimator:
         """The run's estimator or the one chosen for this client, with its settings and the guides it was sent."""

@@ -1,6 +1,6 @@
 """What travels between server and clients, as plain data, and the seam that carries it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -93,14 +93,50 @@ class ClientFailure:
     reason: str
 
 
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What the server asks a client to evaluate on the rows it holds out.
+
+    Attributes:
+        client: its partition id.
+        values: of every trainable parameter.
+        training: what it trains first, from those values ("personalized"); None: nothing ("generalized").
+    """
+
+    round: int
+    client: int
+    values: dict[str, Tensor]
+    training: ClientTask | None = None
+
+
+@dataclass(frozen=True)
+class ClientEvaluation:
+    """What a client sends back: no tensors.
+
+    Attributes:
+        num_examples: evaluated on; its weight in the mean.
+        loss: mean over them; metrics: by name, the task's main one first.
+    """
+
+    round: int
+    client: int
+    num_examples: int
+    loss: float
+    metrics: Mapping[str, float]
+
+
 class Runtime(Protocol):
-    """Where clients run: tasks in; updates and failures out, in any order.
+    """Where clients run: tasks in; updates, evaluations and failures out, in any order.
 
     An update may be malformed or hostile: the round loop validates it.
     """
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """Have each task performed by its client."""
+        ...
+
+    def evaluate(self, tasks: Sequence[EvaluationTask]) -> Iterator[ClientEvaluation | ClientFailure]:
+        """Have each client evaluate on the rows it holds out."""
         ...
 
 

@@ -141,7 +141,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         raise SpryError(f"round {round}: no client of the cohort has the memory for any unit: raise clients.memory")
 
     # 2. Send each client the present values, its units' names and the seed.
-    tasks = {client: _task(state, federation, client, deal) for client in deal.units}
+    tasks = {client: client_task(state, federation, client, deal) for client in deal.units}
 
     # 3. Clients train; what they return is validated before anything else.
     updates, failures, refused = _collect(runtime, list(tasks.values()), federation)
@@ -219,7 +219,8 @@ def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federati
     return {name: update.tensors[name] - value for name, value in old.items()}
 
 
-def _task(state: FederatedState, federation: Federation, client: int, deal: Deal) -> ClientTask:
+def client_task(state: FederatedState, federation: Federation, client: int, deal: Deal) -> ClientTask:
+    """What the server asks of a client in the next round."""
     units = deal.units[client]
     parameters = tuple(name for unit in units for name in federation.units[unit])
     return ClientTask(

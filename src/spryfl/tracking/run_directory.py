@@ -6,7 +6,8 @@ checkpoint.safetensors  the state after the last round
 estimator-choice.json   what the choice of clients' estimators rests on, where they are chosen
 adapter/                the trained adapter and head, in PEFT's format
 summary.json            once the run is done
-*.png                   plots
+progress.png            the main metric and the loss over rounds; comparison.png: of several runs
+partition.png           which labels each client holds, and how many rows
 compare/NAME/           the same, for each compared run
 """
 
