@@ -4,6 +4,7 @@ Everything with a side effect is put together here; what it calls is pure or one
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -154,8 +155,11 @@ def _round_event(
         client_cpu_seconds=report.client_cpu_seconds,
         peak_activation_bytes=max(report.peak_activation_bytes, previous.peak_activation_bytes),
         num_updates=report.num_updates,
+        clients=report.clients,
         failures=tuple(f"{f.client}: {f.reason}" for f in report.failures),
         refused=tuple(f"{f.client}: {f.reason}" for f in report.refused),
+        late=tuple(f"{f.client}: {f.reason}" for f in report.late),
+        failure_kinds=dict(Counter(f.kind for f in (*report.failures, *report.refused))),
         untrained=report.untrained,
         unheld=report.unheld,
         settings=tuple({"client": client} | own.as_row() for client, own in sorted(report.settings.items())),
@@ -201,6 +205,7 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         num_map_fits=sum(event.maps_fitted for event in events),
         num_failures=sum(len(event.failures) for event in rounds),
         num_refused=sum(len(event.refused) for event in rounds),
+        num_late=sum(len(event.late) for event in rounds),
         run_directory=str(directory.path),
     )
 

@@ -212,6 +212,9 @@ class Workbench:
             fit=None if fitting is None else fitting.fit,
             places={} if config.guide.guess != "maps" else self.places,
             momentum=config.method.own_estimator in ("guided", "auto") and config.guide.momentum,
+            deadline_seconds=config.server.deadline_seconds,
+            quorum=config.server.quorum,
+            max_update_norm=config.server.max_update_norm,
             server=ServerUpdate(
                 kind=server,
                 learning_rate=config.server.learning_rate or default_learning_rate(server, method.pace),

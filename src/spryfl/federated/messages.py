@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -11,6 +11,10 @@ from spryfl.federated.method import Upload
 from spryfl.gradients.tangents import Groups
 
 SEED_BYTES = 8
+
+FailureKind = Literal["raised", "deadline", "absent", "lost", "refused"]
+"""raised: the client reported an error; deadline: it took too long; absent: it is not connected; lost: no answer came;
+refused: what it sent failed validation."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class ClientTask:
         maps: backward maps of its layers, for guided tangents (`gradients.guesses.tensors_of`).
         momentum: the server's, of its parameters, where tangents are taken along it.
         groups: parameters that share tangents (`method.tangents_per`); None: all of them.
+        deadline_seconds: from when the client begins; it stops itself then.
     """
 
     round: int
@@ -42,6 +47,7 @@ class ClientTask:
     maps: dict[str, Tensor] = field(default_factory=dict)
     momentum: dict[str, Tensor] = field(default_factory=dict)
     groups: Groups | None = None
+    deadline_seconds: float | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -85,12 +91,14 @@ class ClientFailure:
 
     client: int
     reason: str
+    kind: FailureKind = "raised"
 
 
 class Runtime(Protocol):
     """Where clients run: tasks in; updates and failures out, in any order.
 
-    An update may be malformed or hostile: the round loop validates it.
+    An update may be malformed, hostile, or late: the round loop validates it, and counts one of an earlier round as
+    late. A task that gets no answer at all counts as lost.
     """
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:

@@ -4,6 +4,7 @@ A round takes the federation's state and returns the next; where clients run and
 reports is no concern of it.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, R
 from spryfl.federated.method import Assignment, Upload
 from spryfl.federated.sampling import sample_cohort
 from spryfl.federated.server_optimizer import Moments, ServerUpdate, momentum_of
-from spryfl.federated.validation import validate_update
+from spryfl.federated.validation import require_norm, validate_update
 from spryfl.gradients.estimator import gradient_from_slopes
 from spryfl.gradients.guesses import maps_for
 from spryfl.gradients.tangents import tangent_groups
@@ -34,12 +35,14 @@ class FederatedState:
         values: every trainable parameter, float32 on the CPU.
         moments: of the server optimizer.
         maps: backward maps of all layers, for guided tangents.
+        overdue: units that nobody returned in the last round; they are dealt first in the next.
     """
 
     round: int
     values: dict[str, Tensor]
     moments: Moments = field(default_factory=dict)
     maps: dict[str, Tensor] = field(default_factory=dict)
+    overdue: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Federation:
         fit: what a client can hold, where memory is a matter.
         places: unit -> the calls of layers it lies in, whose backward maps its clients need.
         momentum: whether clients are sent the server's momentum of their parameters.
+        deadline_seconds: of each task; None: clients take what time they need.
+        quorum: the least share of a round's tasks that must bring a usable update; one update at least.
+        max_update_norm: of the change that a client may propose.
     """
 
     seed: int
@@ -68,6 +74,9 @@ class Federation:
     fit: Fit | None = None
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     momentum: bool = False
+    deadline_seconds: float | None = None
+    quorum: float = 0.0
+    max_update_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,10 @@ class RoundReport:
 
     Attributes:
         loss: clients' mean training loss, weighted by examples.
-        num_updates: clients whose updates were used.
+        clients: those whose updates were used.
         failures: clients that returned nothing.
         refused: clients whose update failed validation, and why.
+        late: updates of earlier rounds that came in this one, and were dropped.
         untrained: units nobody trained; they stay as they were.
         unheld: units no client of the cohort has the memory for.
         settings: by client, where memory is a matter or estimators are chosen.
@@ -87,7 +97,7 @@ class RoundReport:
 
     round: int
     loss: float
-    num_updates: int
+    clients: tuple[int, ...]
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -96,16 +106,21 @@ class RoundReport:
     peak_activation_bytes: int
     failures: tuple[ClientFailure, ...]
     refused: tuple[ClientFailure, ...]
+    late: tuple[ClientFailure, ...]
     untrained: tuple[str, ...]
     unheld: tuple[str, ...] = ()
     settings: dict[int, PassSettings] = field(default_factory=dict)
+
+    @property
+    def num_updates(self) -> int:
+        return len(self.clients)
 
 
 def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -> tuple[FederatedState, RoundReport]:
     """One round of any method (Spry, algorithm 1).
 
     Raises:
-        SpryError: no client returned a usable update.
+        SpryError: fewer clients than the quorum returned a usable update.
     """
     started = time.perf_counter()
     round = state.round + 1
@@ -113,7 +128,9 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     # 1. Sample the cohort and assign units to its clients, each no more than its memory holds.
     cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
     start = state.round if federation.rotate else 0
-    assigned = assign_units(federation.assignment, list(federation.units), cohort, start, federation.shared)
+    assigned = assign_units(
+        federation.assignment, list(federation.units), cohort, start, federation.shared, state.overdue
+    )
     deal = deal_within(assigned, list(federation.units), federation.shared, federation.fit)
     if not deal.units:
         raise SpryError(f"round {round}: no client of the cohort has the memory for any unit: raise clients.memory")
@@ -122,38 +139,37 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     tasks = {client: _task(state, federation, client, deal) for client in deal.units}
 
     # 3. Clients train; what they return is validated before anything else.
-    updates, failures, refused = _collect(runtime, list(tasks.values()), federation)
-    if not updates:
-        reasons = [f"client {f.client}: {f.reason}" for f in (*failures, *refused)]
-        raise SpryError(f"round {round}: no client returned a usable update; {'; '.join(reasons[:3])}")
+    answers = _collect(runtime, list(tasks.values()), federation)
+    _require_quorum(round, answers, len(tasks), federation.quorum)
 
     # 4. Each unit's change: the mean over the clients that trained it, weighted by examples.
-    contributions = [
-        Contribution(u.client, proposed_change(u, tasks[u.client], federation), u.num_examples) for u in updates
-    ]
-    change = weighted_mean(contributions)
+    change = weighted_mean(answers.contributions)
 
     # 5. The server optimizer applies it; units nobody trained stay bitwise as they were.
     values, moments = federation.server.apply(state.values, change, state.moments)
 
+    updates = answers.updates
+    untrained = tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters))
     total = sum(u.num_examples for u in updates)
     report = RoundReport(
         round=round,
         loss=sum(u.loss * u.num_examples for u in sorted(updates, key=lambda u: u.client)) / total,
-        num_updates=len(updates),
+        clients=tuple(sorted(u.client for u in updates)),
         bytes_up=sum(u.payload_bytes for u in updates),
         bytes_down=sum(task.payload_bytes for task in tasks.values()),
         seconds=time.perf_counter() - started,
         client_seconds=sum(u.seconds for u in updates),
         client_cpu_seconds=sum(u.cpu_seconds for u in updates),
         peak_activation_bytes=max(u.peak_activation_bytes for u in updates),
-        failures=tuple(failures),
-        refused=tuple(refused),
-        untrained=tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters)),
+        failures=tuple(answers.failures),
+        refused=tuple(answers.refused),
+        late=tuple(answers.late),
+        untrained=untrained,
         unheld=deal.unheld,
         settings={} if federation.fit is None else deal.settings,
     )
-    return replace(state, round=round, values=values, moments=moments), report
+    overdue = tuple(unit for unit in untrained if unit not in deal.unheld)
+    return replace(state, round=round, values=values, moments=moments, overdue=overdue), report
 
 
 def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federation) -> dict[str, Tensor]:
@@ -194,29 +210,60 @@ def _task(state: FederatedState, federation: Federation, client: int, deal: Deal
         maps=maps_for(state.maps, {place for unit in units for place in federation.places.get(unit, ())}),
         momentum=momentum_of(state.moments, parameters) if federation.momentum else {},
         groups=tangent_groups(federation.training.tangents_per, [federation.units[unit] for unit in units]),
+        deadline_seconds=federation.deadline_seconds,
     )
 
 
-def _collect(
-    runtime: Runtime, tasks: Sequence[ClientTask], federation: Federation
-) -> tuple[list[ClientUpdate], list[ClientFailure], list[ClientFailure]]:
-    """Updates that passed validation, clients that failed, and clients whose update was refused."""
-    updates: list[ClientUpdate] = []
-    failures: list[ClientFailure] = []
-    refused: list[ClientFailure] = []
+@dataclass
+class _Answers:
+    """A round's updates that passed validation with what they propose, and what became of the other tasks."""
+
+    updates: list[ClientUpdate] = field(default_factory=list)
+    contributions: list[Contribution] = field(default_factory=list)
+    failures: list[ClientFailure] = field(default_factory=list)
+    refused: list[ClientFailure] = field(default_factory=list)
+    late: list[ClientFailure] = field(default_factory=list)
+
+
+def _collect(runtime: Runtime, tasks: Sequence[ClientTask], federation: Federation) -> _Answers:
+    """Everything that comes back, validated and sorted; each task ends in an update, a failure or a refusal."""
+    found = _Answers()
     open_tasks = {task.client: task for task in tasks}
     for answer in runtime.run(tasks):
         if isinstance(answer, ClientFailure):
-            failures.append(answer)
+            open_tasks.pop(answer.client, None)
+            (found.refused if answer.kind == "refused" else found.failures).append(answer)
             continue
+        if isinstance(answer.round, int) and 1 <= answer.round < tasks[0].round:
+            found.late.append(ClientFailure(answer.client, f"its update of round {answer.round} came too late"))
+            continue
+        task = open_tasks.pop(answer.client, None)
         try:
-            task = open_tasks.pop(answer.client, None)
             validate_update(answer, task, _slopes_shape(answer, task, federation))
+            assert task is not None
+            change = proposed_change(answer, task, federation)
+            require_norm(change, federation.max_update_norm)
         except UpdateRefusedError as error:
-            refused.append(ClientFailure(answer.client, str(error)))
+            found.refused.append(ClientFailure(answer.client, str(error), "refused"))
         else:
-            updates.append(answer)
-    return updates, failures, refused
+            found.updates.append(answer)
+            found.contributions.append(Contribution(answer.client, change, answer.num_examples))
+    found.failures += [ClientFailure(client, "no answer came", "lost") for client in open_tasks]
+    return found
+
+
+def _require_quorum(round: int, answers: _Answers, num_tasks: int, quorum: float) -> None:
+    needed = max(1, math.ceil(quorum * num_tasks))
+    if len(answers.updates) >= needed:
+        return
+    reasons = "; ".join(f"client {f.client}: {f.reason}" for f in (*answers.failures, *answers.refused)[:3])
+    if needed == 1:
+        raise SpryError(f"round {round}: no client returned a usable update; {reasons}")
+    raise SpryError(
+        f"round {round}: {len(answers.updates)} of {num_tasks} clients returned a usable update, server.quorum = "
+        f"{quorum:g} asks for {needed}; {reasons}. The state of round {round - 1} is kept: go on with it later, or lower "
+        "the quorum"
+    )
 
 
 def _slopes_shape(update: ClientUpdate, task: ClientTask | None, federation: Federation) -> tuple[int, int] | None:

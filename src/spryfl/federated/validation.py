@@ -1,8 +1,10 @@
 """Every client update passes here before anything of it touches the model."""
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from spryfl.errors import UpdateRefusedError
 from spryfl.federated.messages import ClientTask, ClientUpdate
@@ -31,6 +33,25 @@ def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape:
         _validate_tensors(update, task)
     else:
         _validate_slopes(update, slopes_shape)
+
+
+def require_norm(change: Mapping[str, Tensor], bound: float | None) -> None:
+    """Check how far an update would move its parameters.
+
+    Args:
+        change: what it proposes, by parameter: trained minus old values, or minus a gradient.
+        bound: on the L2 norm over all of them together; None for any.
+
+    Raises:
+        UpdateRefusedError: it would move them further, or its numbers overflow.
+    """
+    norm = math.sqrt(sum(float(delta.double().square().sum()) for delta in change.values()))
+    if not math.isfinite(norm):
+        raise UpdateRefusedError("the change it proposes has a value that is not finite")
+    if bound is not None and norm > bound:
+        raise UpdateRefusedError(
+            f"the change it proposes has norm {norm:.3g}, above server.max_update_norm = {bound:g}"
+        )
 
 
 def _validate_tensors(update: ClientUpdate, task: ClientTask) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from spryfl.errors import SpryError
+from spryfl.errors import DeadlineError, SpryError
 from spryfl.federated.client import Client
 from spryfl.federated.fitting import PassSettings
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
@@ -39,6 +39,8 @@ class InProcessRuntime:
             self._before_client()
             try:
                 yield self._perform(task)
+            except DeadlineError as error:
+                yield ClientFailure(task.client, str(error), "deadline")
             except (SpryError, RuntimeError, ValueError, ArithmeticError) as error:
                 yield ClientFailure(task.client, " ".join(str(error).split())[:500])
 

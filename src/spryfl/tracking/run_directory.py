@@ -99,7 +99,8 @@ class RunDirectory:
         tensors = {f"values/{name}": tensor.contiguous() for name, tensor in state.values.items()}
         tensors |= {f"moments/{name}": tensor.contiguous() for name, tensor in state.moments.items()}
         tensors |= {f"maps/{name}": tensor.contiguous() for name, tensor in state.maps.items()}
-        write_atomically(self.checkpoint_file, save(tensors, metadata={"round": str(state.round)}))
+        about = {"round": str(state.round), "overdue": json.dumps(state.overdue)}
+        write_atomically(self.checkpoint_file, save(tensors, metadata=about))
 
     def read_checkpoint(self) -> FederatedState | None:
         """The state after the last finished round; None if there is none yet."""
@@ -108,14 +109,15 @@ class RunDirectory:
         try:
             with safe_open(str(self.checkpoint_file), framework="pt") as handle:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                round = int(handle.metadata()["round"])
+                about = handle.metadata()
+                round, overdue = int(about["round"]), tuple(json.loads(about.get("overdue", "[]")))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunDirectoryError(f"{self.checkpoint_file}: not a checkpoint of ours, or damaged: {error}") from error
         parts: dict[str, dict[str, Any]] = {"values": {}, "moments": {}, "maps": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
-        return FederatedState(round, parts["values"], parts["moments"], parts["maps"])
+        return FederatedState(round, parts["values"], parts["moments"], parts["maps"], overdue)
 
     def write_calibration(self, calibration: Calibration) -> None:
         write_atomically(self.choice_file, (json.dumps(asdict(calibration), indent=2) + "\n").encode())
