@@ -5,8 +5,8 @@ Everything with a side effect is put together here; what it calls is pure or one
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from spryfl.config import RunConfig
+from spryfl.errors import ConfigError
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.messages import Runtime
 from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
@@ -27,8 +28,17 @@ from spryfl.tracking.events import Observer, RoundEvent, Summary
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
+Connect = Callable[[Workbench, Callable[[], None]], AbstractContextManager[Runtime]]
+"""(workbench, called where a run may stop) -> where the run's clients run."""
 
-def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer], label: str) -> Summary:
+
+def run(
+    config: RunConfig,
+    directory: RunDirectory,
+    observers: Sequence[Observer],
+    label: str,
+    connect: Connect | None = None,
+) -> Summary:
     """Perform a run, or go on with it from its last checkpoint; a finished one is only read.
 
     Args:
@@ -36,6 +46,7 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
         directory: exists; holds the configuration.
         observers: told of every round.
         label: names the run in displays and tables.
+        connect: where clients run; on this machine by default.
     """
     finished = directory.read_summary()
     if finished is not None:
@@ -52,7 +63,12 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     if not events:
         events.append(_announce(_before_training(bench, state), directory, observers))
         directory.write_checkpoint(state)
-    with _runtime(bench, observers) as runtime:
+
+    def before_client() -> None:
+        for observer in observers:
+            observer.before_client()
+
+    with (connect or on_this_machine)(bench, before_client) as runtime:
         while state.round < config.server.num_rounds:
             started = time.perf_counter()
             state, report = run_round(state, federation, runtime)
@@ -85,13 +101,13 @@ def _federation(bench: Workbench, keeper: MapKeeper, state: FederatedState, dire
 
 
 @contextmanager
-def _runtime(bench: Workbench, observers: Sequence[Observer]) -> Iterator[Runtime]:
-    """Where the run's clients run; observers are asked before each client whether to go on."""
-
-    def before_client() -> None:
-        for observer in observers:
-            observer.before_client()
-
+def on_this_machine(bench: Workbench, before_client: Callable[[], None]) -> Iterator[Runtime]:
+    """Clients in this process, or in several of this machine."""
+    if bench.config.partition.kind == "own":
+        raise ConfigError(
+            "partition.kind = 'own': clients that bring their own data are other machines': run it over Flower (spry "
+            "init --flower DIR), or choose 'dirichlet', 'iid' or 'column'"
+        )
     settings = bench.config.runtime
     if settings.num_workers == 1:
         yield InProcessRuntime(bench.client, bench.batch_tokens, before_client)

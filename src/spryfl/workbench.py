@@ -16,7 +16,7 @@ from spryfl.client_choice import ClientChoice, client_choice
 from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig, TaskKind
 from spryfl.data.classification import Batch, Classification, Examples, tokenize
-from spryfl.data.loading import LabelledRows, load_rows
+from spryfl.data.loading import LabelledRows, load_own_rows, load_rows
 from spryfl.data.partition import Partition, partition_rows
 from spryfl.data.prompted import PromptedClassification, label_tokens, tokenize_prompts
 from spryfl.errors import ConfigError, DataError, nearest
@@ -74,6 +74,20 @@ TASKS: dict[TaskKind, Callable[[RunConfig, LabelledRows, AdaptedModel], tuple[Ta
 """Each makes the task, and what tokenizes rows for it."""
 
 
+def _partition(config: RunConfig, rows: LabelledRows) -> Partition:
+    """The rows of each client."""
+    column = config.partition.column
+    if column is not None and column not in rows.train.column_names:
+        known = rows.train.column_names
+        raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
+    return partition_rows(
+        config.partition,
+        np.asarray(rows.train[config.data.label_column][:]),
+        None if column is None else rows.train[column][:],
+        config.seed,
+    )
+
+
 @dataclass(frozen=True)
 class PartitionData:
     """One client's view of the tokenized training data."""
@@ -98,7 +112,7 @@ class Workbench:
 
     Attributes:
         encode: tokenizes rows for the task; train and test are encoded already.
-        num_labels: classes.
+        label_names: one a class.
     """
 
     config: RunConfig
@@ -108,22 +122,39 @@ class Workbench:
     train: Examples
     test: Examples
     partition: Partition
-    num_labels: int
+    label_names: tuple[str, ...]
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "Workbench":
         """Load everything a run needs; every problem with data or model shows here, before any work."""
         rows = load_rows(config.data, config.seed)
-        column = config.partition.column
-        if column is not None and column not in rows.train.column_names:
-            known = rows.train.column_names
-            raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
-        partition = partition_rows(
-            config.partition,
-            np.asarray(rows.train[config.data.label_column][:]),
-            None if column is None else rows.train[column][:],
-            config.seed,
-        )
+        bench = cls._of_rows(config, rows, _partition(config, rows))
+        bench._require_budget()
+        bench._require_dimensions()
+        bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
+        return bench
+
+    @classmethod
+    def of_client(cls, config: RunConfig, client: int, data: str | None, label_names: Sequence[str]) -> "Workbench":
+        """Load what one client needs, and no other's rows; there is nothing to evaluate on.
+
+        Args:
+            data: a file or folder with the client's own data; None: its part of the run's data.
+            label_names: the server's, one a class.
+        """
+        if data is not None:
+            rows = load_own_rows(config.data.model_copy(update={"name": data, "subset": None}), label_names)
+            part = np.arange(len(rows.train))
+        else:
+            whole = load_rows(config.data, config.seed)
+            part = _partition(config, whole)[client]
+            rows = replace(whole, train=whole.train.select(part), test=whole.test.select([]))
+        nothing = np.arange(0)
+        own = [np.arange(len(part)) if c == client else nothing for c in range(client + 1)]
+        return cls._of_rows(config, rows, own)
+
+    @classmethod
+    def _of_rows(cls, config: RunConfig, rows: LabelledRows, partition: Partition) -> "Workbench":
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
         low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
@@ -131,12 +162,8 @@ class Workbench:
         if config.method.own_estimator in ("forward", "bottleneck", "guided", "auto"):
             require_support(adapted.model, config.model.name)
         task, encode = TASKS[config.task.kind](config, rows, adapted)
-        train, test = encode(rows.train), encode(rows.test)
-        bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels)
-        bench._require_budget()
-        bench._require_dimensions()
-        bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
-        return bench
+        test = encode(rows.test) if len(rows.test) else Examples([], np.empty(0, np.int64))
+        return cls(config, adapted, task, encode, encode(rows.train), test, partition, rows.label_names)
 
     def _require_budget(self) -> None:
         """Refuse a checkpointing budget that some client's batch exceeds with a single hidden state."""

@@ -68,7 +68,9 @@ class TaskConfig(Part):
 class PartitionConfig(Part):
     """How training examples are shared among clients."""
 
-    kind: Literal["dirichlet", "iid", "column"] = "dirichlet"
+    kind: Literal["dirichlet", "iid", "column", "own"] = Field(
+        "dirichlet", description="own: every client brings its own data, over Flower"
+    )
     num_clients: Positive = Field(100, description="kind column: the column decides")
     alpha: PositiveFloat = Field(1.0, description="Dirichlet concentration; smaller is more unequal")
     min_examples: Positive = Field(2, description="every client holds at least this many")

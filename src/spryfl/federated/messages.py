@@ -2,19 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from spryfl.federated.failures import FailureKind
 from spryfl.federated.fitting import PassSettings
 from spryfl.federated.method import Upload
 from spryfl.gradients.tangents import Groups
 
 SEED_BYTES = 8
-
-FailureKind = Literal["raised", "deadline", "absent", "lost", "refused"]
-"""raised: the client reported an error; deadline: it took too long; absent: it is not connected; lost: no answer came;
-refused: what it sent failed validation."""
 
 
 @dataclass(frozen=True)

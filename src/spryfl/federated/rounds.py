@@ -128,10 +128,9 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     # 1. Sample the cohort and assign units to its clients, each no more than its memory holds.
     cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
     start = state.round if federation.rotate else 0
-    assigned = assign_units(
-        federation.assignment, list(federation.units), cohort, start, federation.shared, state.overdue
-    )
-    deal = deal_within(assigned, list(federation.units), federation.shared, federation.fit)
+    units = list(federation.units)
+    assigned = assign_units(federation.assignment, units, cohort, start, federation.shared, state.overdue)
+    deal = deal_within(assigned, units, federation.shared, federation.fit)
     if not deal.units:
         raise SpryError(f"round {round}: no client of the cohort has the memory for any unit: raise clients.memory")
 
@@ -261,8 +260,7 @@ def _require_quorum(round: int, answers: _Answers, num_tasks: int, quorum: float
         raise SpryError(f"round {round}: no client returned a usable update; {reasons}")
     raise SpryError(
         f"round {round}: {len(answers.updates)} of {num_tasks} clients returned a usable update, server.quorum = "
-        f"{quorum:g} asks for {needed}; {reasons}. The state of round {round - 1} is kept: go on with it later, or lower "
-        "the quorum"
+        f"{quorum:g} asks for {needed}; {reasons}. Go on from round {round - 1} later, or lower the quorum"
     )
 
 

@@ -47,11 +47,9 @@ def require_norm(change: Mapping[str, Tensor], bound: float | None) -> None:
     """
     norm = math.sqrt(sum(float(delta.double().square().sum()) for delta in change.values()))
     if not math.isfinite(norm):
-        raise UpdateRefusedError("the change it proposes has a value that is not finite")
+        raise UpdateRefusedError("its change has a value that is not finite")
     if bound is not None and norm > bound:
-        raise UpdateRefusedError(
-            f"the change it proposes has norm {norm:.3g}, above server.max_update_norm = {bound:g}"
-        )
+        raise UpdateRefusedError(f"its change has norm {norm:.3g}, above server.max_update_norm = {bound:g}")
 
 
 def _validate_tensors(update: ClientUpdate, task: ClientTask) -> None:

@@ -17,7 +17,7 @@ class RoundEvent:
         peak_activation_bytes: the largest measured so far.
         clients: those whose updates were used.
         failures, refused, late: "client: reason"; late are updates of earlier rounds that came in this one.
-        failure_kinds: how many of each kind (`federated.messages.FailureKind`), refused ones included.
+        failure_kinds: how many of each kind (`federated.failures.FailureKind`), refused ones included.
         untrained: units nobody trained; unheld: units that no client of the cohort has the memory for.
         settings: of each client, where memory is a matter or its estimator is chosen: client, num_tangents,
             chunk_bytes, and of a chosen estimator its name, settings and the reason (`PassSettings`).
