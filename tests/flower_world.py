@@ -79,18 +79,21 @@ class FlowerWorld:
         wait_for(lambda: _accepts(self.port), 60, "the SuperLink listens")
         return process
 
-    def start_node(self, partition: int, key: str | None = None, extra: str = "") -> "subprocess.Popen[bytes]":
+    def start_node(
+        self, partition: int, key: str | None = None, extra: str = "", cwd: Path | None = None
+    ) -> "subprocess.Popen[bytes]":
         """A SuperNode.
 
         Args:
             key: name of its private key; None for none.
             extra: more of its node config.
+            cwd: where it starts, and relative paths begin.
         """
         trust = ["--root-certificates", str(self.folder / "ca.crt")] if self.secure else ["--insecure"]
         trust += ["--auth-supernode-private-key", str(self.folder / key)] if key else []
         where = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(_free_port())]
         config = ["--node-config", f"partition-id={partition} {extra}".strip()]
-        return self._start("flower-supernode", *trust, *where, *config)
+        return self._start("flower-supernode", *trust, *where, *config, cwd=cwd)
 
     def make_key(self, name: str, *, register: bool = True) -> str:
         key, public = self.folder / name, self.folder / f"{name}.pub"
@@ -148,11 +151,16 @@ class FlowerWorld:
             own = [str(row) for row in database.execute("select * from task_logs")]
         return "\n".join([*(p.read_text(errors="replace")[-5000:] for p in sorted(self.folder.glob("*.log"))), *own])
 
-    def _start(self, program: str, *arguments: str) -> "subprocess.Popen[bytes]":
-        log = (self.folder / f"{len(self.processes)}-{program}.log").open("wb")
-        process = subprocess.Popen(
-            [BIN / program, *arguments], env=self.env, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
-        )
+    def _start(self, program: str, *arguments: str, cwd: Path | None = None) -> "subprocess.Popen[bytes]":
+        with (self.folder / f"{len(self.processes)}-{program}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [BIN / program, *arguments],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=cwd or self.folder,
+            )
         self.processes.append(process)
         return process
 
@@ -183,6 +191,17 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s until {what}"
         time.sleep(0.2)
+
+
+def processes_of(folder: Path, program: str) -> list[int]:
+    """Processes of a program that were started in a folder (Linux)."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_bytes()
+            if program.encode() in command and (process / "cwd").resolve().is_relative_to(folder):
+                found.append(int(process.name))
+    return found
 
 
 def _accepts(port: int) -> bool:

@@ -1,16 +1,20 @@
 """Runs over Flower on this machine: SuperLink and SuperNodes are processes, the network is loopback."""
 
+import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("flwr")
 
-from flower_world import FlowerWorld
+from flower_world import FlowerWorld, kill, processes_of, wait_for
 from spryfl.config import load_config
 from spryfl.suite import run_suite
 from spryfl.tracking.run_directory import RunDirectory
@@ -44,12 +48,123 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 
 
 def test_three_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -> None:
-    """Certificates and node keys; five rounds of a real model end bitwise where they end in one process."""
+    """Five rounds of a real model end bitwise where they end in one process; a node without a known key stays out."""
     threads = torch.get_num_threads()
     expected = in_process(MINILM, tmp_path)
     torch.set_num_threads(threads)
     with FlowerWorld(tmp_path / "w", MINILM, secure=True) as world:
+        strangers = [world.start_node(0), world.start_node(0, world.make_key("unknown", register=False))]
         for partition in (2, 0, 1):
             world.start_node(partition, world.make_key(f"node{partition}"))
-        assert world.finish(world.submit(), 240) == "finished:completed", world.log()
+        assert world.finish(world.submit(), 400) == "finished:completed", world.log()
         assert_same_adapter(world.run_dir, expected)
+        assert world.log().count("is here") == 3
+        assert all(process.poll() not in (None, 0) for process in strangers)
+        told = json.loads(world.spry("status", str(world.run_dir), "--json"))
+    assert (told["finished"], told["rounds"], told["clients"], told["failures"]) == (True, 5, [0, 1, 2], {})
+
+
+MISBEHAVING = """
+import json
+import time
+
+import numpy as np
+from flwr.app import Message
+from safetensors.numpy import load, save
+
+from spryfl.runtime.flower.wire import parcel_of, to_content
+from spryfl.runtime.parcels import Parcel
+
+honest = app
+
+
+class Misbehaving(type(app)):
+    def __call__(self, message, context):
+        asked = json.loads(parcel_of(message).header)
+        case = (asked.get("client"), asked.get("round"))
+        if case == (1, 1):
+            raise RuntimeError("no battery")
+        if case == (2, 1):
+            time.sleep(70)  # past its deadline and the server's patience
+        if case == (3, 2):
+            time.sleep(6)  # it is killed in the meantime, once
+        reply = honest(message=message, context=context)
+        if case not in ((1, 2), (1, 3)):
+            return reply
+        parcel = parcel_of(reply)
+        tensors = load(parcel.tensors)
+        name = next(iter(tensors))
+        if case == (1, 2):
+            tensors[name] = np.full_like(tensors[name], np.nan)
+        else:
+            tensors["tensors/another.unit"] = tensors[name]
+        return Message(to_content(Parcel(parcel.header, save(tensors))), reply_to=message)
+
+
+app = Misbehaving()
+"""
+
+
+def tiny(tiny_table: dict[str, dict[str, Any]], **server: object) -> dict[str, Any]:
+    return tiny_table | {
+        "method": {"name": "fedavg_split"},
+        "server": {"learning_rate": 1.0, **server},
+        "runtime": {"num_threads": 1},
+    }
+
+
+@pytest.mark.flower
+def test_a_run_goes_on_whatever_its_clients_do(
+    tiny_table: dict[str, dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Raising, hanging, NaN, a forged unit, a node killed and started anew, another base model: counted by kind."""
+    folder = tmp_path / "w"
+    table = tiny(tiny_table, num_rounds=4, cohort_size=5, deadline_seconds=40.0)
+    table |= {"model": {**table["model"], "name": "./base"}, "partition": {"kind": "iid", "num_clients": 5}}
+    with FlowerWorld(folder, table, extra=MISBEHAVING) as world:
+        shutil.copytree(tiny_model, folder / "base")
+        shutil.copytree(tiny_model, folder / "other/base")
+        weights = folder / "other/base/model.safetensors"
+        save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+        nodes = [world.start_node(partition) for partition in range(4)]
+        world.start_node(4, cwd=folder / "other")
+        run = world.submit()
+        world.wait_for_round(1, 300)
+        wait_for(lambda: "ROUND 2" in (folder / "4-flower-supernode.log").read_text(), 60, "node 3 has its task")
+        kill(nodes[3])
+        world.start_node(3)
+        assert world.finish(run, 300) == "finished:completed", world.log()
+        events = world.events()[1:]
+    reasons = {(e.round, int(r.partition(":")[0])): r for e in events for r in (*e.failures, *e.refused)}
+    assert "no battery" in reasons[1, 1]
+    assert "no answer by its deadline" in reasons[1, 2]
+    assert "not finite" in reasons[1 + 1, 1]
+    assert "'another.unit' was not assigned" in reasons[3, 1]
+    assert all("another base model" in reasons[number, 4] for number in range(1, 5))
+    assert [(e.round, client) for e in events for client in (0, 3) if client not in e.clients] == []
+    assert [late for e in events for late in e.late] == ["2: its update of round 1 came too late"]
+    assert events[0].failure_kinds == {"raised": 1, "deadline": 1, "refused": 1}
+
+
+def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """The server's process, then the SuperLink; what is trained is bitwise what one process trains."""
+    table = tiny(tiny_table, num_rounds=7, cohort_size=2) | {"partition": {"kind": "iid", "num_clients": 2}}
+    threads = torch.get_num_threads()
+    expected = in_process(table, tmp_path)
+    torch.set_num_threads(threads)
+    with FlowerWorld(tmp_path / "w", table) as world:
+        for partition in (0, 1):
+            world.start_node(partition)
+        world.submit()
+        world.wait_for_round(1, 300)
+        (server,) = processes_of(world.folder, "flwr-serverapp")
+        os.kill(server, signal.SIGKILL)
+        seen = world.events()[-1].round
+        world.submit()
+        world.wait_for_round(seen + 1, 200)
+        kill(world.superlink)
+        world.start_superlink()
+        assert not (world.run_dir / "summary.json").exists()
+        assert world.finish(world.submit(), 300) == "finished:completed", world.log()
+        assert world.log().count("going on after round") == 2
+    assert_same_adapter(world.run_dir, expected)

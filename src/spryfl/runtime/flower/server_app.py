@@ -1,9 +1,11 @@
 """The ServerApp: the same rounds as in one process, with clients on Flower's grid."""
 
 import fcntl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -19,6 +21,8 @@ from spryfl.runtime.flower.settings import Order, read_order
 from spryfl.tracking.events import RoundEvent, Summary
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
+
+LOCK_SECONDS = 60.0
 
 
 def server_app(config_file: Path) -> ServerApp:
@@ -60,11 +64,20 @@ def _held(path: Path) -> Iterator[RunDirectory]:
     """The run directory, for one server at a time: one whose SuperLink was killed may still be about to end."""
     path.mkdir(parents=True, exist_ok=True)
     with (path / "server.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunDirectoryError(f"{path}: another server process is at work on this run: wait for it") from None
+        end = time.monotonic() + LOCK_SECONDS
+        while not _locked(lock):
+            if time.monotonic() > end:
+                raise RunDirectoryError(f"{path}: another server process is at work on this run: wait for it")
+            time.sleep(1)
         yield RunDirectory(path)
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _require_same(directory: RunDirectory, config: RunConfig) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +39,9 @@ def ask(order: Parcel, timeout: float | None, parent: int | None = None) -> Parc
             send_parcel(connection, order)
             return receive_parcel(connection)
         except TimeoutError:
+            address = connection.getpeername()
             os.kill(_peer(connection), signal.SIGKILL)
+            Path(address).unlink(missing_ok=True)  # until it is quite dead its socket would still take connections
             return failure_parcel(f"stopped: it had not finished after {timeout:g} s", "deadline")
         except ConnectionError:
             return failure_parcel("its worker process died (out of memory?)", "lost")
@@ -74,7 +75,8 @@ def _private_folder(parent: int) -> Path:
 
 def _start(address: str, parent: int) -> None:
     command = [sys.executable, "-m", "spryfl.runtime.flower.warm", address, str(parent)]
-    subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    os.posix_spawn(sys.executable, command, os.environ, file_actions=[no_input], setsid=True)
 
 
 def _wait_for(connection: socket.socket, address: str) -> None:
