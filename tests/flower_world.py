@@ -28,11 +28,20 @@ class FlowerWorld:
     Args:
         table: of run.toml.
         secure: with certificates and node authentication.
+        simulation: the SuperLink has clients of its own, in Ray's processes, instead of nodes.
         extra: lines at the end of the client app's module, which make clients misbehave.
     """
 
-    def __init__(self, folder: Path, table: Mapping[str, Any], *, secure: bool = False, extra: str = "") -> None:
-        self.folder, self.secure = folder, secure
+    def __init__(
+        self,
+        folder: Path,
+        table: Mapping[str, Any],
+        *,
+        secure: bool = False,
+        simulation: bool = False,
+        extra: str = "",
+    ) -> None:
+        self.folder, self.secure, self.simulation = folder, secure, simulation
         self.port = _free_port()
         self.run_dir = folder / "run"
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -75,12 +84,18 @@ class FlowerWorld:
             trust += ["--enable-supernode-auth"]
         else:
             trust = ["--insecure"]
+        trust += ["--simulation"] if self.simulation else []
         process = self._start("flower-superlink", *where, *trust)
         wait_for(lambda: _accepts(self.port), 60, "the SuperLink listens")
         return process
 
     def start_node(
-        self, partition: int, key: str | None = None, extra: str = "", cwd: Path | None = None
+        self,
+        partition: int,
+        key: str | None = None,
+        extra: str = "",
+        cwd: Path | None = None,
+        superlink: int | None = None,
     ) -> "subprocess.Popen[bytes]":
         """A SuperNode.
 
@@ -88,10 +103,11 @@ class FlowerWorld:
             key: name of its private key; None for none.
             extra: more of its node config.
             cwd: where it starts, and relative paths begin.
+            superlink: another port to reach the SuperLink by.
         """
         trust = ["--root-certificates", str(self.folder / "ca.crt")] if self.secure else ["--insecure"]
         trust += ["--auth-supernode-private-key", str(self.folder / key)] if key else []
-        where = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(_free_port())]
+        where = ["--superlink", f"127.0.0.1:{superlink or self.port}", "--port", str(_free_port())]
         config = ["--node-config", f"partition-id={partition} {extra}".strip()]
         return self._start("flower-supernode", *trust, *where, *config, cwd=cwd)
 
@@ -106,11 +122,15 @@ class FlowerWorld:
             self.flwr("supernode", "register", str(public), "test")
         return name
 
-    def submit(self, **run_config: object) -> int:
-        """Start the run; returns its id."""
+    def submit(self, *options: str, **run_config: object) -> int:
+        """Start the run; returns its id.
+
+        Args:
+            options: more of `flwr run`.
+        """
         values = {"run-dir": str(self.run_dir)} | {k.replace("_", "-"): v for k, v in run_config.items()}
         given = " ".join(f"{k}='{v}'" if isinstance(v, str) else f"{k}={v}" for k, v in values.items())
-        printed = self.flwr("run", str(self.app), "test", "--run-config", given, "--format", "json")
+        printed = self.flwr("run", str(self.app), "test", "--run-config", given, *options, "--format", "json")
         return int(json.loads(printed)["run-id"])
 
     def status(self, run_id: int) -> str:

@@ -168,3 +168,21 @@ def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[s
         assert world.finish(world.submit(), 300) == "finished:completed", world.log()
         assert world.log().count("going on after round") == 2
     assert_same_adapter(world.run_dir, expected)
+
+
+@pytest.mark.flower
+def test_a_simulation_of_a_hundred_clients(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """In Ray's processes, one processor each; again bitwise what one process trains."""
+    pytest.importorskip("ray")
+    rows = [{"text": f"the film {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(400)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    table = tiny(tiny_table, num_rounds=2, cohort_size=20) | {"partition": {"kind": "iid", "num_clients": 100}}
+    table["data"] = {**table["data"], "name": str(data)}
+    threads = torch.get_num_threads()
+    expected = in_process(table, tmp_path)
+    torch.set_num_threads(threads)
+    with FlowerWorld(tmp_path / "w", table, simulation=True) as world:
+        nodes = "num-supernodes=100 client-resources-num-cpus=1 init-args-num-cpus=2"
+        assert world.finish(world.submit("--federation-config", nodes), 500) == "finished:completed", world.log()
+    assert_same_adapter(world.run_dir, expected)

@@ -33,7 +33,7 @@ def tiny_file(tiny_table: dict[str, dict[str, object]], tmp_path: Path) -> Path:
 
 def order(file: Path, task: ClientTask | None = None, **changes: object) -> Parcel:
     asked = None if task is None else encode_task(task)
-    header = {"file": str(file), "overrides": [], "client": 1, "data": None, "labels": ["0", "1"]}
+    header = {"file": str(file), "overrides": [], "client": 1, "data": None, "labels": ["0", "1"], "shared": False}
     header |= {"task": None if asked is None else asked.header} | changes
     return Parcel(json.dumps(header), b"" if asked is None else asked.tensors)
 
@@ -48,10 +48,11 @@ def test_a_client_computes_what_it_would_in_process(tiny_file: Path, tiny_table:
     """Though it loads its own rows alone."""
     config = parse_config(tiny_table)
     task = task_of(config)
-    ours = decode_answer(performer.answer(order(tiny_file, task)), 1)
     theirs = Workbench.from_config(config).client(1).update(task)
-    assert (ours.loss, ours.num_examples) == (theirs.loss, theirs.num_examples)
-    assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in theirs.tensors)
+    for shared in (False, True):
+        ours = decode_answer(performer.answer(order(tiny_file, task, shared=shared)), 1)
+        assert (ours.loss, ours.num_examples) == (theirs.loss, theirs.num_examples)
+        assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in theirs.tensors)
 
 
 def test_a_clients_own_data_stays_with_it(

@@ -5,7 +5,6 @@ node is configured otherwise; a simulation's processes outlive their messages th
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -55,25 +54,22 @@ def _answer(config_file: Path, message: Message, context: Context) -> Parcel:
     asked = json.loads(parcel.header)
     is_task = asked["kind"] == "task"
     data = context.node_config.get("data")
+    simulated = "ray" in sys.modules  # then this process outlives the message itself, and stands for many clients
     header = {
         "file": str(order.file.resolve()),
         "overrides": order.overrides,
         "client": partition_of(context.node_config, order.config.partition.num_clients),
         "data": None if data is None else str(data),
         "labels": json.loads(about_of(message))["labels"] if is_task else None,
+        "shared": simulated and data is None,
         "task": parcel.header if is_task else None,
     }
     deadline = asked["deadline_seconds"] if is_task else PRESENCE_SECONDS
     work = Parcel(json.dumps(header), parcel.tensors)
-    if _is_warm(context):
+    if not simulated and bool(context.node_config.get("warm", True)):
         from spryfl.runtime.flower.warm import ask
 
         return ask(work, None if deadline is None else deadline + SLACK_SECONDS)
     from spryfl.runtime.flower.performer import answer  # torch
 
     return answer(work)
-
-
-def _is_warm(context: Context) -> bool:
-    """Whether another process outlives this one; in a simulation this one outlives the message itself."""
-    return os.name == "posix" and "ray" not in sys.modules and bool(context.node_config.get("warm", True))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spryfl.config import load_config
+from spryfl.config import RunConfig, load_config
 from spryfl.errors import SpryError
 from spryfl.federated.messages import ClientFailure
 from spryfl.models.fingerprint import base_fingerprint
@@ -24,15 +24,16 @@ def answer(order: Parcel) -> Parcel:
 
     Args:
         order: its header holds `file` and `overrides` of the configuration, `client`, `data` (the path of the client's
-            own data, or null), `labels` (the class names, or null before they are known) and `task` (a task's
-            header, or null where the client is asked who it is); its tensors are the task's.
+            own data, or null), `labels` (the class names, or null before they are known), `shared` (whether this
+            process stands for many clients) and `task` (a task's header, or null where the client is asked who it is);
+            its tensors are the task's.
     """
     header = json.loads(order.header)
     try:
         if header["task"] is None:
             return _presence(header)
-        names = ("file", "overrides", "client", "data", "labels")
-        runtime = _runtime(*(_frozen(header[name]) for name in names))
+        names = ("file", "overrides") if header["shared"] else ("file", "overrides", "client", "data", "labels")
+        runtime = (_shared_runtime if header["shared"] else _runtime)(*(_frozen(header[name]) for name in names))
         (result,) = runtime.run([decode_task(Parcel(header["task"], order.tensors))])
     except SpryError as error:
         result = ClientFailure(header["client"], str(error))
@@ -59,11 +60,22 @@ def _runtime(
     file: str, overrides: tuple[str, ...], client: int, data: str | None, labels: tuple[str, ...]
 ) -> InProcessRuntime:
     """The client's model and data; kept while the process lives and is asked for the same."""
+    bench = Workbench.of_client(_configured(file, overrides), client, data, labels)
+    return InProcessRuntime(bench.client, bench.batch_tokens)
+
+
+@lru_cache(maxsize=1)
+def _shared_runtime(file: str, overrides: tuple[str, ...]) -> InProcessRuntime:
+    """One model and all rows, for every client of a simulation that this process is asked to be."""
+    bench = Workbench.from_config(_configured(file, overrides))
+    return InProcessRuntime(bench.client, bench.batch_tokens)
+
+
+def _configured(file: str, overrides: tuple[str, ...]) -> RunConfig:
     config = load_config(Path(file), overrides)
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
-    bench = Workbench.of_client(config, client, data, labels)
-    return InProcessRuntime(bench.client, bench.batch_tokens)
+    return config
 
 
 def _frozen(value: Any) -> Any:
