@@ -33,6 +33,15 @@ class ServerConfig(Part):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
     tau: PositiveFloat = Field(1e-3, description="adaptivity: added to the denominator")
+    deadline_seconds: PositiveFloat | None = Field(
+        None, description="a client stops itself when its task takes longer; the round goes on without it"
+    )
+    quorum: float = Field(
+        0.0, ge=0, le=1, description="least share of a round's clients that must bring a usable update; one at least"
+    )
+    max_update_norm: PositiveFloat | None = Field(
+        None, description="an update that moves its parameters further (L2, all together) is refused"
+    )
 
 
 When = Literal["never", "end", "every"]

@@ -28,7 +28,7 @@ def partition_rows(
         DataError: there are too few rows for every client to hold `min_examples`.
     """
     needed = config.num_clients * config.min_examples
-    if config.kind != "column" and needed > len(labels):
+    if config.kind not in ("column", "own") and needed > len(labels):
         raise DataError(
             f"partition: {config.num_clients} clients of at least {config.min_examples} examples need {needed} rows, "
             f"there are {len(labels)}: lower partition.num_clients or partition.min_examples"
@@ -125,9 +125,15 @@ def _by_column(
     return [np.flatnonzero(values == name) for name in names]
 
 
+def _own(config: PartitionConfig, labels: np.ndarray, column: object, generator: np.random.Generator) -> Partition:
+    """All rows of this machine: on a client's its own; on the server's its own, in place of any client's."""
+    return [np.arange(len(labels))] * config.num_clients
+
+
 PARTITIONS: dict[str, Callable[..., Partition]] = {
     "dirichlet": _dirichlet,
     "quantity": _quantity,
     "iid": _iid,
     "column": _by_column,
+    "own": _own,
 }

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spryfl.errors import SpryError
+from spryfl.errors import DeadlineError, SpryError
 from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
 from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.federated.method import Pace
@@ -140,6 +140,9 @@ class Client(Generic[BatchT]):
 
         Each step estimates the gradient of its batch's loss at the current values and steps the local
         optimizer (Spry, algorithm 1, ClientTrain).
+
+        Raises:
+            DeadlineError: a step would begin after the task's deadline.
         """
         started, cpu_started = time.perf_counter(), time.process_time()
         directions = self.training.directions(task)
@@ -149,6 +152,7 @@ class Client(Generic[BatchT]):
         estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes or self.training.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
             for step, rows in enumerate(self._batches(task)):
+                _require_time(task, time.perf_counter() - started, step)
                 estimate = estimator.estimate(
                     self.model,
                     self._loss(task, step, rows),
@@ -235,6 +239,11 @@ class Client(Generic[BatchT]):
     def _accelerators(self) -> list[torch.device]:
         device = next(self.model.parameters()).device
         return [] if device.type == "cpu" else [device]
+
+
+def _require_time(task: ClientTask, seconds: float, step: int) -> None:
+    if task.deadline_seconds is not None and seconds > task.deadline_seconds:
+        raise DeadlineError(f"stopped after {step} steps: its deadline of {task.deadline_seconds:g} s is over")
 
 
 def _with_tangents(estimator: GradientEstimator, num_tangents: int) -> GradientEstimator:

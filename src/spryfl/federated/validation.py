@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from spryfl.errors import UpdateRefusedError
 from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
@@ -61,6 +62,23 @@ def validate_evaluation(evaluation: ClientEvaluation, task: EvaluationTask | Non
 def _validate_count(count: object) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UpdateRefusedError(f"num_examples is {count!r}, not a positive whole number")
+
+
+def require_norm(change: Mapping[str, Tensor], bound: float | None) -> None:
+    """Check how far an update would move its parameters.
+
+    Args:
+        change: what it proposes, by parameter: trained minus old values, or minus a gradient.
+        bound: on the L2 norm over all of them together; None for any.
+
+    Raises:
+        UpdateRefusedError: it would move them further, or its numbers overflow.
+    """
+    norm = math.sqrt(sum(float(delta.double().square().sum()) for delta in change.values()))
+    if not math.isfinite(norm):
+        raise UpdateRefusedError("its change has a value that is not finite")
+    if bound is not None and norm > bound:
+        raise UpdateRefusedError(f"its change has norm {norm:.3g}, above server.max_update_norm = {bound:g}")
 
 
 def _validate_tensors(update: ClientUpdate, task: ClientTask) -> None:

@@ -16,7 +16,9 @@ class RoundEvent:
         seconds: wall-clock time, evaluation included; client_seconds: computing of all clients;
             client_cpu_seconds: on their processors.
         peak_activation_bytes: the largest measured so far.
-        failures, refused: "client: reason".
+        clients: those whose updates were used.
+        failures, refused, late: "client: reason"; late are updates of earlier rounds that came in this one.
+        failure_kinds: how many of each kind (`federated.failures.FailureKind`), refused ones included.
         untrained: units nobody trained; unheld: units that no client of the cohort has the memory for.
         settings: of each client, where memory is a matter or its estimator is chosen: client, num_tangents,
             chunk_bytes, and of a chosen estimator its name, settings and the reason (`PassSettings`).
@@ -47,6 +49,9 @@ class RoundEvent:
     client_cpu_seconds: float = 0.0
     guess_cosine: float | None = None
     maps_fitted: bool = False
+    clients: tuple[int, ...] = ()
+    late: tuple[str, ...] = ()
+    failure_kinds: dict[str, int] = field(default_factory=dict)
     num_left_out: int = 0
     num_pooled: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -115,6 +120,7 @@ class Summary:
     client_memory: tuple[int, ...] = ()
     client_cpu_seconds: float = 0.0
     num_map_fits: int = 0
+    num_late: int = 0
     metric: str = "accuracy"
     score_before: float | None = None
     score: float | None = None
