@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,10 +45,11 @@ class FlowerWorld:
         self.folder, self.secure, self.simulation = folder, secure, simulation
         self.port = _free_port()
         self.run_dir = folder / "run"
+        self.temporary = tempfile.mkdtemp(prefix="fw", dir="/tmp")  # sockets' paths must be short
         self.processes: list[subprocess.Popen[bytes]] = []
         self.env = os.environ | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "TMPDIR": str(folder),
+            "TMPDIR": self.temporary,
             "FLWR_HOME": str(folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -75,6 +77,7 @@ class FlowerWorld:
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
             kill(process)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def start_superlink(self) -> "subprocess.Popen[bytes]":
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--database", str(self.folder / "superlink.db")]

@@ -98,11 +98,8 @@ def test_the_worker_outlives_messages_and_dies_with_its_parent(
     assert (late["failure"], late["kind"]) == ("deadline", "failure")
     assert ask() == first
     assert worker() != process
-    process = worker()
-    os.kill(process, signal.SIGSTOP)
     parent.kill()
     parent.wait()
-    os.kill(process, signal.SIGCONT)
     folder = tmp_path / f"spry-{os.getuid()}" / str(parent.pid)
     wait_for(lambda: not folder.exists(), 30, "the worker has ended")
 

@@ -13,9 +13,10 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spryfl.errors import SpryError
@@ -95,32 +96,32 @@ def _peer(connection: socket.socket) -> int:
 
 def serve(address: str, parent: int) -> None:
     """Answer one message after another until the parent is gone."""
+    threading.Thread(target=_end_with, args=(parent, Path(address).parent), daemon=True).start()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        listener.settimeout(LOOK_SECONDS)
         from spryfl.runtime.flower.performer import answer  # torch: only once the socket is there
 
-        while _alive(parent):
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                continue
-            with connection:
-                connection.settimeout(None)
-                try:
-                    send_parcel(connection, answer(receive_parcel(connection)))
-                except ConnectionError:
-                    continue  # whoever asked is gone
-    shutil.rmtree(Path(address).parent, ignore_errors=True)
+        while True:
+            connection, _ = listener.accept()
+            with connection, suppress(ConnectionError):  # whoever asked may be gone
+                send_parcel(connection, answer(receive_parcel(connection)))
+
+
+def _end_with(parent: int, folder: Path) -> None:
+    """End this process when its parent is gone, whatever it is doing."""
+    while _alive(parent):
+        time.sleep(LOOK_SECONDS)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
 
 
 def _alive(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait for long to be collected (Linux)."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
         return False
-    return True
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory and time of a round in one process, by the number of clients and by the cohort.
 
-    taskset -c 0,1 python benchmarks/many_clients.py docs/results/many-clients.json [--quick]
+    taskset -c 0,1 python benchmarks/population.py docs/results/population.json [--quick]
 
 Every case runs in a process of its own: Spry per iteration (one local step of two rows a client and round) on
 builtin:minilm, the same 20,000 rows shared among all clients. Only the cohort's clients exist, one at a time, so memory
@@ -38,7 +38,7 @@ def main() -> None:
             command = [
                 sys.executable,
                 "-c",
-                f"import many_clients as m; m.measure({str(data)!r}, {num_clients}, {cohort})",
+                f"import population as m; m.measure({str(data)!r}, {num_clients}, {cohort})",
             ]
             printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
             rows.append(json.loads(printed.stdout.splitlines()[-1]))
