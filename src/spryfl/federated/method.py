@@ -13,6 +13,7 @@ Assignment = Literal["split", "all"]
 Upload = Literal["values", "gradients", "slopes"]
 Pace = Literal["epoch", "iteration"]
 ServerOptimizer = Literal["sgd", "adagrad", "adam", "yogi"]
+Aggregation = Literal["mean", "median", "trimmed_mean"]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from spryfl.errors import SpryError, UpdateRefusedError
-from spryfl.federated.aggregation import Contribution, weighted_mean
+from spryfl.federated.aggregation import Contribution, aggregate, clipped
 from spryfl.federated.assignment import assign_units
 from spryfl.federated.client import LocalTraining
 from spryfl.federated.fitting import Deal, Fit, PassSettings, deal_within
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
-from spryfl.federated.method import Assignment, Upload
+from spryfl.federated.method import Aggregation, Assignment, Upload
+from spryfl.federated.privacy import ClientPrivacy
 from spryfl.federated.sampling import sample_cohort
 from spryfl.federated.server_optimizer import Moments, ServerUpdate, momentum_of
 from spryfl.federated.validation import validate_update
@@ -54,6 +55,9 @@ class Federation:
         fit: what a client can hold, where memory is a matter.
         places: unit -> the calls of layers it lies in, whose backward maps its clients need.
         momentum: whether clients are sent the server's momentum of their parameters.
+        aggregation, trim: of a unit's clients (`aggregation.AGGREGATIONS`).
+        clip_norm: to which clients' changes are scaled down; None leaves them.
+        privacy: of clients, in place of the aggregation.
     """
 
     seed: int
@@ -70,6 +74,10 @@ class Federation:
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     momentum: bool = False
     blocks: tuple[tuple[str, ...], ...] = ()
+    aggregation: Aggregation = "mean"
+    trim: float = 0.1
+    clip_norm: float | None = None
+    privacy: ClientPrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class RoundReport:
     """What happened in a round.
 
     Attributes:
-        loss: clients' mean training loss, weighted by examples.
+        loss: clients' mean training loss, weighted by examples; None where they do not tell it.
         num_updates: clients whose updates were used.
         failures: clients that returned nothing.
         refused: clients whose update failed validation, and why.
@@ -88,7 +96,7 @@ class RoundReport:
     """
 
     round: int
-    loss: float
+    loss: float | None
     num_updates: int
     bytes_up: int
     bytes_down: int
@@ -113,7 +121,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     round = state.round + 1
 
     # 1. Sample the cohort and assign units to its clients, each no more than its memory holds.
-    cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
+    cohort = _cohort(federation, round)
     start = state.round if federation.rotate else 0
     units, shared = list(federation.units), federation.shared
     assigned = assign_units(federation.assignment, units, cohort, start, shared, federation.blocks)
@@ -130,19 +138,18 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         reasons = [f"client {f.client}: {f.reason}" for f in (*failures, *refused)]
         raise SpryError(f"round {round}: no client returned a usable update; {'; '.join(reasons[:3])}")
 
-    # 4. Each unit's change: the mean over the clients that trained it, weighted by examples.
+    # 4. Each unit's change: the mean over the clients that trained it, or what else combines them.
     contributions = [
         Contribution(u.client, proposed_change(u, tasks[u.client], federation), u.num_examples) for u in updates
     ]
-    change = weighted_mean(contributions)
+    change = _combined(contributions, list(tasks.values()), federation)
 
     # 5. The server optimizer applies it; units nobody trained stay bitwise as they were.
     values, moments = federation.server.apply(state.values, change, state.moments)
 
-    total = sum(u.num_examples for u in updates)
     report = RoundReport(
         round=round,
-        loss=sum(u.loss * u.num_examples for u in sorted(updates, key=lambda u: u.client)) / total,
+        loss=_mean_loss(updates),
         num_updates=len(updates),
         bytes_up=sum(u.payload_bytes for u in updates),
         bytes_down=sum(task.payload_bytes for task in tasks.values()),
@@ -200,6 +207,29 @@ def _task(state: FederatedState, federation: Federation, client: int, deal: Deal
     )
 
 
+def _cohort(federation: Federation, round: int) -> list[int]:
+    """Known to all who know the seed, or, where clients are private, to nobody."""
+    if federation.privacy is not None:
+        return federation.privacy.sample_cohort(federation.num_clients, federation.cohort_size)
+    return sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
+
+
+def _combined(
+    contributions: Sequence[Contribution], tasks: Sequence[ClientTask], federation: Federation
+) -> dict[str, Tensor]:
+    if federation.privacy is not None:
+        asked = [task.parameters for task in tasks]
+        return federation.privacy.noisy_mean(contributions, asked, tasks[0].values)
+    if federation.clip_norm is not None:
+        contributions = [clipped(contribution, federation.clip_norm) for contribution in contributions]
+    return aggregate(contributions, federation.aggregation, federation.trim)
+
+
+def _mean_loss(updates: Sequence[ClientUpdate]) -> float | None:
+    told = [(u.loss, u.num_examples) for u in sorted(updates, key=lambda u: u.client) if u.loss is not None]
+    return sum(loss * count for loss, count in told) / sum(count for _, count in told) if told else None
+
+
 def _collect(
     runtime: Runtime, tasks: Sequence[ClientTask], federation: Federation
 ) -> tuple[list[ClientUpdate], list[ClientFailure], list[ClientFailure]]:
@@ -214,7 +244,9 @@ def _collect(
             continue
         try:
             task = open_tasks.pop(answer.client, None)
-            validate_update(answer, task, _slopes_shape(answer, task, federation))
+            validate_update(
+                answer, task, _slopes_shape(answer, task, federation), tells_loss=federation.training.tells_loss
+            )
         except UpdateRefusedError as error:
             refused.append(ClientFailure(answer.client, str(error)))
         else:

@@ -8,13 +8,16 @@ from spryfl.errors import UpdateRefusedError
 from spryfl.federated.messages import ClientTask, ClientUpdate
 
 
-def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape: tuple[int, int] | None) -> None:
+def validate_update(
+    update: ClientUpdate, task: ClientTask | None, slopes_shape: tuple[int, int] | None, *, tells_loss: bool = True
+) -> None:
     """Check an update against the task its sender was given.
 
     Args:
         update: from an untrusted client.
         task: what that client was asked for this round; None if nothing.
         slopes_shape: (steps, K for each group) expected for upload "slopes"; None for other uploads.
+        tells_loss: whether it must tell its training loss; if not, it must not.
 
     Raises:
         UpdateRefusedError: the first thing wrong, by name.
@@ -25,7 +28,10 @@ def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape:
         raise UpdateRefusedError(f"it is for round {update.round}, not {task.round}")
     if isinstance(update.num_examples, bool) or not isinstance(update.num_examples, int) or update.num_examples < 1:
         raise UpdateRefusedError(f"num_examples is {update.num_examples!r}, not a positive whole number")
-    if not isinstance(update.loss, float) or not math.isfinite(update.loss):
+    if not tells_loss:
+        if update.loss is not None:
+            raise UpdateRefusedError("it told its training loss, which is private in this run")
+    elif not isinstance(update.loss, float) or not math.isfinite(update.loss):
         raise UpdateRefusedError(f"its loss is {update.loss!r}")
     if slopes_shape is None:
         _validate_tensors(update, task)

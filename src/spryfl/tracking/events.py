@@ -9,7 +9,7 @@ class RoundEvent:
     """One round; round 0 is the evaluation before training.
 
     Attributes:
-        loss: clients' mean training loss; None in round 0.
+        loss: clients' mean training loss; None in round 0, and where clients do not tell it.
         accuracy, test_loss, metrics: of the global model on the test split, the task's main metric first; None or
             empty where not evaluated, accuracy also where the task has none.
         bytes_up, bytes_down: of all the round's clients.
@@ -22,6 +22,7 @@ class RoundEvent:
             chunk_bytes, and of a chosen estimator its name, settings and the reason (`PassSettings`).
         guess_cosine: mean cosine of guessed and true gradients on public text, where the server measured it.
         maps_fitted: whether it fitted the backward maps anew before this round's end.
+        epsilon, delta: privacy spent so far (`federated.accounting`); None without privacy.
     """
 
     round: int
@@ -44,6 +45,8 @@ class RoundEvent:
     guess_cosine: float | None = None
     maps_fitted: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+    epsilon: float | None = None
+    delta: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -70,6 +73,7 @@ class Summary:
         unheld_units: those that no client has the memory for; they stay as they were.
         num_map_fits: how often backward maps were fitted anew.
         client_memory: bytes, dealt to clients in turn; none where memory is no matter.
+        privacy: whose; epsilon, delta: what was spent in all.
     """
 
     method: str
@@ -86,7 +90,7 @@ class Summary:
     cohort_size: int
     accuracy_before: float | None
     accuracy: float | None
-    loss: float
+    loss: float | None
     test_loss: float
     trainable_parameters: int
     bytes_up_per_client_round: float
@@ -108,6 +112,9 @@ class Summary:
     score_before: float | None = None
     score: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    privacy: str = "none"
+    epsilon: float | None = None
+    delta: float | None = None
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)

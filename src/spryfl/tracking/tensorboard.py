@@ -5,7 +5,7 @@ from pathlib import Path
 from spryfl.errors import SpryError
 from spryfl.tracking.events import RoundEvent, Summary
 
-SCALARS = ("loss", "test_loss", "bytes_up", "bytes_down", "seconds", "peak_activation_bytes")
+SCALARS = ("loss", "test_loss", "bytes_up", "bytes_down", "seconds", "peak_activation_bytes", "epsilon")
 
 
 class TensorBoardObserver:
