@@ -1,5 +1,6 @@
 """Whole runs with privacy or against hostile clients: what is told of them, and what is refused."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
@@ -14,6 +16,7 @@ from spryfl.federated.accounting import gaussian_epsilon
 from spryfl.federated.rounds import proposed_change, run_round
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.suite import resume_suite, run_suite
+from spryfl.tracking.console import print_results
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
@@ -28,6 +31,9 @@ def test_private_clients(tiny_config: Callable[..., RunConfig], tmp_path: Path) 
     assert spent[0] is None
     assert 0 < spent[1] < spent[2] < spent[3] == summary.epsilon < gaussian_epsilon(2.0, 3, 1e-3)
     assert (summary.privacy, summary.delta, events[-1].delta) == ("client", 1e-3, 1e-3)
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_results([summary], tmp_path, console)
+    assert f"differential privacy of each client, epsilon {summary.epsilon:.3g} at delta 0.001" in console.export_text()
 
 
 @pytest.mark.parametrize("method", ["spry", "spry_per_iteration", "fedmezo"])
