@@ -83,7 +83,8 @@ def run(
             evaluated = bench.evaluate(state.values) if due else None
             own = {} if evaluated is None else evaluate_clients(bench, state, federation, runtime, evaluated.metrics)
             event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
-            event = _with_clients(replace(event, guess_cosine=cosine, maps_fitted=fitted), own)
+            event = replace(event, guess_cosine=cosine, maps_fitted=fitted, **_spent(bench, state.round))
+            event = _with_clients(event, own)
             events.append(_announce(event, directory, observers))
             directory.write_checkpoint(state)
     directory.write_adapter(lambda folder: bench.save_adapter(state.values, folder))
@@ -163,6 +164,12 @@ def _announce(event: RoundEvent, directory: RunDirectory, observers: Sequence[Ob
     for observer in observers:
         observer.round_finished(event)
     return event
+
+
+def _spent(bench: Workbench, round: int) -> dict[str, Any]:
+    """Epsilon and delta after a round, where there is privacy."""
+    accountant = bench.accountant
+    return {} if accountant is None else {"epsilon": accountant.epsilon(round), "delta": accountant.delta}
 
 
 def _before_training(bench: Workbench, state: FederatedState) -> RoundEvent:
@@ -263,7 +270,10 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         generalized=last.generalized,
         personalized=last.personalized,
         held_out=last.held_out,
-        loss=_known(last.loss),
+        privacy=config.privacy.level,
+        epsilon=last.epsilon,
+        delta=last.delta,
+        loss=last.loss,
         test_loss=_known(last.test_loss),
         trainable_parameters=bench.adapted.num_trainable,
         bytes_up_per_client_round=sum(event.bytes_up for event in rounds) / client_rounds,

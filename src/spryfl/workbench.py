@@ -19,8 +19,10 @@ from spryfl.data.loading import LabelledRows, load_own_rows, load_rows
 from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
 from spryfl.data.task import Evaluation, Task
 from spryfl.errors import ConfigError, DataError, nearest
+from spryfl.federated.accounting import Accountant
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
+from spryfl.federated.privacy import ClientPrivacy
 from spryfl.federated.rounds import FederatedState, Federation
 from spryfl.federated.server_optimizer import ServerUpdate, default_learning_rate
 from spryfl.forward_mode.support import require_support
@@ -30,12 +32,14 @@ from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.gradients.guided import GuidedGradient
+from spryfl.gradients.private import PrivateSlopes
 from spryfl.gradients.tangents import require_dimensions, tangent_groups
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.adapters import dropout_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel, load_model
 from spryfl.models.units import HEAD, parameters_of
+from spryfl.safeguards import accountant_of, require_majorities
 from spryfl.tasks import TASKS, Encode
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
@@ -116,6 +120,7 @@ class Workbench:
         bench = cls._of_rows(config, rows, *_partition(config, rows))
         bench._require_budget()
         bench._require_dimensions()
+        require_majorities(config, bench.federation)
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench
 
@@ -183,6 +188,11 @@ class Workbench:
             require_dimensions(method.distribution, method.own_num_tangents, size(group), group)
 
     @cached_property
+    def accountant(self) -> Accountant | None:
+        """What tells how much privacy is spent; None where there is none."""
+        return accountant_of(self.config, self.federation)
+
+    @cached_property
     def client_memory(self) -> ClientMemory | None:
         """What each client has the memory for; None where the configuration states none."""
         return self._predictions if self.config.clients.memory else None
@@ -240,6 +250,10 @@ class Workbench:
                 beta2=config.server.beta2,
                 tau=config.server.tau,
             ),
+            aggregation=config.server.aggregation,
+            trim=config.server.trim,
+            clip_norm=config.server.clip_norm,
+            privacy=ClientPrivacy(*config.privacy.strength) if config.privacy.level == "client" else None,
         )
 
     @cached_property
@@ -260,6 +274,7 @@ class Workbench:
             num_candidates=config.method.own_num_candidates,
             same_directions=METHODS[config.method.name].same_directions,
             tells_variance=METHODS[config.method.name].pacing == "leave_out",
+            tells_loss=config.privacy.level != "example",
         )
 
     @cached_property
@@ -303,6 +318,9 @@ class Workbench:
         if self.config.method.exact_head and name not in ("backprop", "guided"):
             head = {name for unit in self.adapted.units if unit.is_head for name in unit.parameters}
             estimator = ExactHead(estimator, layer_calls, frozenset(head))
+        if self.config.privacy.level == "example":
+            assert isinstance(estimator, ForwardGradient | ZerothOrder)  # the configuration allows no other
+            estimator = PrivateSlopes(estimator, *self.config.privacy.strength)
         return estimator
 
     def client(self, client: int) -> Client[Batch]:

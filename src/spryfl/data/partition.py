@@ -115,14 +115,14 @@ def _by_column(
     """One client for each value of a column, in sorted order: a natural partition."""
     assert column is not None
     values = np.array([str(value) for value in column])
-    names, counts = np.unique(values, return_counts=True)
+    names, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     small = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < config.min_examples]
     if small:
         raise DataError(
             f"partition.column = '{config.column}': {len(small)} clients hold fewer than partition.min_examples = "
             f"{config.min_examples} rows, first {small[0]}: lower min_examples or drop those rows"
         )
-    return [np.flatnonzero(values == name) for name in names]
+    return np.split(np.argsort(places, kind="stable"), np.cumsum(counts)[:-1])
 
 
 def _own(config: PartitionConfig, labels: np.ndarray, column: object, generator: np.random.Generator) -> Partition:

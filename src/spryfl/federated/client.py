@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from spryfl.gradients.estimator import GradientEstimator, Loss
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.guided import GuidedGradient
 from spryfl.gradients.kinds import Distribution, TangentsPer
+from spryfl.gradients.private import PrivateSlopes
 
 BatchT = TypeVar("BatchT")
 
@@ -80,6 +81,7 @@ class LocalTraining:
     Attributes:
         num_candidates, same_directions: see `method.Method`.
         tells_variance: clients measure how much their steps' gradients vary (`federated.pacing`).
+        tells_loss: whether a client's mean training loss travels; where its examples are private it must not.
     """
 
     pace: Pace
@@ -96,6 +98,7 @@ class LocalTraining:
     num_candidates: int = 1
     same_directions: bool = False
     tells_variance: bool = False
+    tells_loss: bool = True
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps a round of a client with this many examples."""
@@ -174,7 +177,7 @@ class Client(Generic[BatchT]):
             round=task.round,
             client=task.client,
             num_examples=num_seen // (self.training.epochs if self.training.pace == "epoch" else 1),
-            loss=sum(losses) / num_seen,
+            loss=sum(losses) / num_seen if self.training.tells_loss else None,
             tensors={"values": optimizer.values, "gradients": gradients, "slopes": {}}[task.upload],
             slopes=torch.stack(slopes) if task.upload == "slopes" else None,
             variance=halves.variance,
@@ -211,11 +214,7 @@ class Client(Generic[BatchT]):
             if settings.horizon is not None and settings.slopes is not None:
                 estimator = replace(estimator, horizon=settings.horizon, slopes_per=settings.slopes)
             return estimator.guided_by(task.maps, task.momentum)
-        if task.settings.num_tangents is None:
-            return estimator
-        if isinstance(estimator, ExactHead):
-            return replace(estimator, inner=_with_tangents(estimator.inner, task.settings.num_tangents))
-        return _with_tangents(estimator, task.settings.num_tangents)
+        return estimator if settings.num_tangents is None else _with_tangents(estimator, settings.num_tangents)
 
     def _batches(self, task: ClientTask) -> Iterator[np.ndarray]:
         """Row numbers of each local step's batch: shuffled anew each round and epoch, from the seed."""
@@ -246,8 +245,11 @@ def _require_time(task: ClientTask, seconds: float, step: int) -> None:
         raise DeadlineError(f"stopped after {step} steps: its deadline of {task.deadline_seconds:g} s is over")
 
 
-def _with_tangents(estimator: GradientEstimator, num_tangents: int) -> GradientEstimator:
-    return replace(estimator, num_tangents=num_tangents)  # type: ignore[type-var]
+def _with_tangents(estimator: Any, num_tangents: int) -> GradientEstimator:
+    wraps = isinstance(estimator, ExactHead | PrivateSlopes)
+    own = {"inner": _with_tangents(estimator.inner, num_tangents)} if wraps else {"num_tangents": num_tangents}
+    changed: GradientEstimator = replace(estimator, **own)
+    return changed
 
 
 def _address(task: ClientTask, purpose: str) -> np.ndarray:

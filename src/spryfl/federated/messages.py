@@ -61,7 +61,7 @@ class ClientUpdate:
 
     Attributes:
         num_examples: trained on this round; its weight in the mean.
-        loss: mean training loss.
+        loss: mean training loss; None where examples are private (`LocalTraining.tells_loss`).
         tensors: trained values or gradients of the assigned parameters; empty for upload "slopes".
         slopes: (steps, K for each group) float32 for upload "slopes", else None.
         variance: of its steps' gradients, where methods ask for it (`federated.pacing`) and it took two steps at least.
@@ -73,7 +73,7 @@ class ClientUpdate:
     round: int
     client: int
     num_examples: int
-    loss: float
+    loss: float | None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     slopes: Tensor | None = None
     variance: float | None = None

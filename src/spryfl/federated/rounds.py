@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from spryfl.errors import SpryError, UpdateRefusedError
-from spryfl.federated.aggregation import Contribution, weighted_mean
+from spryfl.federated.aggregation import Contribution, aggregate, clipped
 from spryfl.federated.assignment import assign_units
 from spryfl.federated.client import LocalTraining
 from spryfl.federated.fitting import Deal, Fit, PassSettings, deal_within
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
-from spryfl.federated.method import Assignment, Pacing, Upload
+from spryfl.federated.method import Aggregation, Assignment, Pacing, Upload
 from spryfl.federated.pacing import Pool, pooled_mean
+from spryfl.federated.privacy import ClientPrivacy
 from spryfl.federated.sampling import Sampling
 from spryfl.federated.server_optimizer import Moments, ServerUpdate, momentum_of
 from spryfl.federated.validation import require_norm, validate_update
@@ -67,6 +68,9 @@ class Federation:
         deadline_seconds: of each task; None: clients take what time they need.
         quorum: the least share of a round's tasks that must bring a usable update; one update at least.
         max_update_norm: of the change that a client may propose.
+        aggregation, trim: of a unit's clients (`aggregation.AGGREGATIONS`).
+        clip_norm: to which clients' changes are scaled down; None leaves them.
+        privacy: of clients, in place of the aggregation.
     """
 
     seed: int
@@ -89,6 +93,10 @@ class Federation:
     deadline_seconds: float | None = None
     quorum: float = 0.0
     max_update_norm: float | None = None
+    aggregation: Aggregation = "mean"
+    trim: float = 0.1
+    clip_norm: float | None = None
+    privacy: ClientPrivacy | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -100,7 +108,7 @@ class RoundReport:
     """What happened in a round.
 
     Attributes:
-        loss: clients' mean training loss, weighted as their updates.
+        loss: clients' mean training loss, weighted as their updates; None where they do not tell it.
         clients: those whose updates are valid.
         num_left_out: of these, clients whose gradients vary too much.
         num_pooled: updates that wait for more, so far.
@@ -114,7 +122,7 @@ class RoundReport:
     """
 
     round: int
-    loss: float
+    loss: float | None
     clients: tuple[int, ...]
     bytes_up: int
     bytes_down: int
@@ -146,7 +154,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     round = state.round + 1
 
     # 1. Sample the cohort and assign units to its clients, each no more than its memory holds.
-    cohort = federation.sampling.cohort(federation.seed, round)
+    cohort = _cohort(federation, round)
     start = state.round if federation.rotate else 0
     units, shared = list(federation.units), federation.shared
     assigned = assign_units(federation.assignment, units, cohort, start, shared, federation.blocks, state.overdue)
@@ -161,8 +169,8 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     answers = _collect(runtime, list(tasks.values()), federation)
     _require_quorum(round, answers, len(tasks), federation.quorum)
 
-    # 4. Each unit's change: the weighted mean over the clients that trained it, if it can be relied on.
-    change, pool = mean_change(answers.contributions, state.pool, federation)
+    # 4. Each unit's change: the weighted mean over the clients that trained it, or what else combines them.
+    change, pool = combined_change(answers.contributions, list(tasks.values()), state.pool, federation)
 
     # 5. The server optimizer applies it; units nobody trained stay bitwise as they were.
     values, moments = federation.server.apply(state.values, change, state.moments)
@@ -170,10 +178,9 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
 
     updates = answers.updates
     untrained = tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters))
-    weights = {u.client: federation.sampling.weight(u.client, u.num_examples) for u in updates}
     report = RoundReport(
         round=round,
-        loss=sum(u.loss * weights[u.client] for u in sorted(updates, key=lambda u: u.client)) / sum(weights.values()),
+        loss=_mean_loss(updates, federation.sampling),
         clients=tuple(sorted(u.client for u in updates)),
         bytes_up=sum(u.payload_bytes for u in updates),
         bytes_down=sum(task.payload_bytes for task in tasks.values()),
@@ -196,13 +203,18 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     ), report
 
 
-def mean_change(
-    contributions: Sequence[Contribution], pool: Pool, federation: Federation
+def combined_change(
+    contributions: Sequence[Contribution], tasks: Sequence[ClientTask], pool: Pool, federation: Federation
 ) -> tuple[dict[str, Tensor], Pool]:
     """The change to apply now, and what is kept for the next round's."""
+    if federation.privacy is not None:
+        asked = [task.parameters for task in tasks]
+        return federation.privacy.noisy_mean(contributions, asked, tasks[0].values), {}
+    if federation.clip_norm is not None:
+        contributions = [clipped(contribution, federation.clip_norm) for contribution in contributions]
     if federation.pacing == "pool":
         return pooled_mean(pool, contributions, federation.variance_threshold)
-    return weighted_mean(contributions), {}
+    return aggregate(contributions, federation.aggregation, federation.trim), {}
 
 
 def _varies_too_much(update: ClientUpdate, federation: Federation) -> bool:
@@ -254,6 +266,19 @@ def client_task(state: FederatedState, federation: Federation, client: int, deal
     )
 
 
+def _cohort(federation: Federation, round: int) -> list[int]:
+    """Known to all who know the seed, or, where clients are private, to nobody."""
+    if federation.privacy is not None:
+        return federation.privacy.sample_cohort(federation.num_clients, federation.cohort_size)
+    return federation.sampling.cohort(federation.seed, round)
+
+
+def _mean_loss(updates: Sequence[ClientUpdate], sampling: Sampling) -> float | None:
+    told = {u.client: (u.loss, sampling.weight(u.client, u.num_examples)) for u in updates if u.loss is not None}
+    total = sum(weight for _, weight in told.values())
+    return sum(loss * weight for _, (loss, weight) in sorted(told.items())) / total if told else None
+
+
 @dataclass
 class _Answers:
     """A round's updates that passed validation with what they propose, and what became of the other tasks."""
@@ -279,7 +304,9 @@ def _collect(runtime: Runtime, tasks: Sequence[ClientTask], federation: Federati
             continue
         task = open_tasks.pop(answer.client, None)
         try:
-            validate_update(answer, task, _slopes_shape(answer, task, federation))
+            validate_update(
+                answer, task, _slopes_shape(answer, task, federation), tells_loss=federation.training.tells_loss
+            )
             assert task is not None
             change = proposed_change(answer, task, federation)
             require_norm(change, federation.max_update_norm)

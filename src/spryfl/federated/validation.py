@@ -10,13 +10,16 @@ from spryfl.errors import UpdateRefusedError
 from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
 
 
-def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape: tuple[int, int] | None) -> None:
+def validate_update(
+    update: ClientUpdate, task: ClientTask | None, slopes_shape: tuple[int, int] | None, *, tells_loss: bool = True
+) -> None:
     """Check an update against the task its sender was given.
 
     Args:
         update: from an untrusted client.
         task: what that client was asked for this round; None if nothing.
         slopes_shape: (steps, K for each group) expected for upload "slopes"; None for other uploads.
+        tells_loss: whether it must tell its training loss; if not, it must not.
 
     Raises:
         UpdateRefusedError: the first thing wrong, by name.
@@ -26,7 +29,10 @@ def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape:
     if update.round != task.round:
         raise UpdateRefusedError(f"it is for round {update.round}, not {task.round}")
     _validate_count(update.num_examples)
-    if not isinstance(update.loss, float) or not math.isfinite(update.loss):
+    if not tells_loss:
+        if update.loss is not None:
+            raise UpdateRefusedError("it told its training loss, which is private in this run")
+    elif not isinstance(update.loss, float) or not math.isfinite(update.loss):
         raise UpdateRefusedError(f"its loss is {update.loss!r}")
     if update.variance is not None and not (isinstance(update.variance, float) and 0 <= update.variance < math.inf):
         raise UpdateRefusedError(f"its variance is {update.variance!r}, not a number from 0 up")

@@ -44,7 +44,7 @@ class _UpdateHeader(_Header):
     round: int
     client: int
     num_examples: int
-    loss: float
+    loss: float | None
     variance: float | None
     seconds: _Amount
     cpu_seconds: _Amount

@@ -9,7 +9,7 @@ class RoundEvent:
     """One round; round 0 is the evaluation before training.
 
     Attributes:
-        loss: clients' mean training loss; None in round 0.
+        loss: clients' mean training loss; None in round 0, and where clients do not tell it.
         accuracy, test_loss, metrics: of the global model on the test split, the task's main metric first; None or
             empty where not evaluated, accuracy also where the task has none.
         bytes_up, bytes_down: of all the round's clients.
@@ -28,6 +28,7 @@ class RoundEvent:
         central_test, generalized, personalized: the main metric on the test split, of the global model on clients'
             held-out rows, and there after each client's local training; None where not evaluated.
         held_out: of the latter two all figures, their spread over clients included (`ClientsEvaluation`).
+        epsilon, delta: privacy spent so far (`federated.accounting`); None without privacy.
     """
 
     round: int
@@ -59,6 +60,8 @@ class RoundEvent:
     generalized: float | None = None
     personalized: float | None = None
     held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    epsilon: float | None = None
+    delta: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -86,6 +89,7 @@ class Summary:
         unheld_units: those that no client has the memory for; they stay as they were.
         num_map_fits: how often backward maps were fitted anew.
         client_memory: bytes, dealt to clients in turn; none where memory is no matter.
+        privacy: whose; epsilon, delta: what was spent in all.
     """
 
     method: str
@@ -102,7 +106,7 @@ class Summary:
     cohort_size: int
     accuracy_before: float | None
     accuracy: float | None
-    loss: float
+    loss: float | None
     test_loss: float
     trainable_parameters: int
     bytes_up_per_client_round: float
@@ -129,6 +133,9 @@ class Summary:
     generalized: float | None = None
     personalized: float | None = None
     held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    privacy: str = "none"
+    epsilon: float | None = None
+    delta: float | None = None
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
