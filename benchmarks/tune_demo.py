@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spryfl.config import load_config, parse_config, with_overrides
+from spryfl.config import compared_configs, load_config, parse_config, with_overrides
 from spryfl.data.builtin import find_dataset
 from spryfl.presets import find_preset
 from spryfl.run import run
@@ -36,7 +36,11 @@ MEAN_GRID = [
     }.items()
     for rate in rates
 ]
-GRIDS = {"spry_guided": YOGI_GRID, "spry": YOGI_GRID, "fedyogi": YOGI_GRID, "fedmezo": MEAN_GRID}
+GUIDED_GRID = [
+    {"local.learning_rate": local, "server.learning_rate": server}
+    for server, local in itertools.product((1e-2, 3e-3, 3e-2), (0.1, 0.03, 0.3, 1.0))
+]
+GRIDS = {"spry_guided": GUIDED_GRID, "spry": YOGI_GRID, "fedyogi": YOGI_GRID, "fedmezo": MEAN_GRID}
 
 
 def training_rows(folder: Path) -> Path:
@@ -50,9 +54,9 @@ def training_rows(folder: Path) -> Path:
 def main(method: str) -> None:
     demo = find_preset("demo")
     assert demo is not None
-    base = load_config(demo).model_dump(
-        exclude_none=True, exclude={"compare": True, "label": True, "server": {"learning_rate"}}
-    )
+    main_run = load_config(demo)
+    own = {config.method.name: config for config in (main_run, *compared_configs(main_run).values())}[method]
+    base = own.model_dump(exclude_none=True, exclude={"compare": True, "label": True, "server": {"learning_rate"}})
     done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     with tempfile.TemporaryDirectory() as scratch:
         fixed = {

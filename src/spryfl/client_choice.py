@@ -81,7 +81,7 @@ class ClientChoice:
             yield from self._guided(budget, units)
         elif self.config.model.streamed:
             yield self._backprop(budget, units, "per_layer")
-        num_tangents = self.config.method.num_tangents
+        num_tangents = self.config.method.own_num_tangents
         while num_tangents:
             yield self._forward(budget, units, num_tangents)
             num_tangents //= 2

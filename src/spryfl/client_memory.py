@@ -207,7 +207,7 @@ def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: 
         budgets=config.clients.memory,
         dry=DryRun(work),
         passes=with_slopes.get(config.method.own_estimator) or by_checkpointing[config.method.checkpointing],
-        num_tangents=config.method.num_tangents,
+        num_tangents=config.method.own_num_tangents,
         weights_bytes=(weights.streamed if config.model.streamed else weights.resident) + factors,
         values={unit.name: _num_values(adapted, unit) for unit in adapted.units},
         layer=_layers_of(adapted),

@@ -4,7 +4,7 @@ Everything with a side effect is put together here; what it calls is pure or one
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,11 +16,13 @@ import torch
 from spryfl.config import RunConfig
 from spryfl.data.task import Evaluation
 from spryfl.errors import RunDirectoryError
+from spryfl.evaluation import evaluate_clients
 from spryfl.federated.choosing import Calibration
+from spryfl.federated.evaluation import ClientsEvaluation
 from spryfl.federated.messages import Runtime
 from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
 from spryfl.map_keeper import MapKeeper
-from spryfl.report.plots import plot_run
+from spryfl.report.plots import plot_partition, plot_run
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.workers import WorkerRuntime
 from spryfl.speeds import measure_speeds
@@ -50,18 +52,22 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
-    if not events:
-        events.append(_announce(_before_training(bench, state), directory, observers))
-        directory.write_checkpoint(state)
+    plot_partition(bench.label_counts, directory.path)
     with _runtime(bench, observers) as runtime:
+        if not events:
+            event = _before_training(bench, state)
+            event = _with_clients(event, evaluate_clients(bench, state, federation, runtime, event.metrics))
+            events.append(_announce(event, directory, observers))
+            directory.write_checkpoint(state)
         while state.round < config.server.num_rounds:
             started = time.perf_counter()
             state, report = run_round(state, federation, runtime)
             state, cosine, fitted = keeper.keep(state)
             due = state.round % config.evaluation.every == 0 or state.round == config.server.num_rounds
             evaluated = bench.evaluate(state.values) if due else None
+            own = {} if evaluated is None else evaluate_clients(bench, state, federation, runtime, evaluated.metrics)
             event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
-            event = replace(event, guess_cosine=cosine, maps_fitted=fitted)
+            event = _with_clients(replace(event, guess_cosine=cosine, maps_fitted=fitted), own)
             events.append(_announce(event, directory, observers))
             directory.write_checkpoint(state)
     directory.write_adapter(lambda folder: bench.save_adapter(state.values, folder))
@@ -162,6 +168,18 @@ def _before_training(bench: Workbench, state: FederatedState) -> RoundEvent:
     )
 
 
+def _with_clients(event: RoundEvent, evaluations: Mapping[str, ClientsEvaluation]) -> RoundEvent:
+    """An event that also tells how clients do on what they hold out."""
+    scores = {name: own.score for name, own in evaluations.items()}
+    return replace(
+        event,
+        central_test=event.score,
+        generalized=scores.get("generalized"),
+        personalized=scores.get("personalized"),
+        held_out={name: own.as_row() for name, own in evaluations.items()},
+    )
+
+
 def _round_event(
     config: RunConfig,
     report: RoundReport,
@@ -188,6 +206,8 @@ def _round_event(
         untrained=report.untrained,
         unheld=report.unheld,
         settings=tuple({"client": client} | own.as_row() for client, own in sorted(report.settings.items())),
+        num_left_out=report.num_left_out,
+        num_pooled=report.num_pooled,
     )
 
 
@@ -220,6 +240,10 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         score_before=_known(events[0].score),
         score=_known(last.score),
         metrics=last.metrics,
+        central_test=last.central_test,
+        generalized=last.generalized,
+        personalized=last.personalized,
+        held_out=last.held_out,
         loss=_known(last.loss),
         test_loss=_known(last.test_loss),
         trainable_parameters=bench.adapted.num_trainable,

@@ -1,8 +1,10 @@
 """A configuration made real: model, data, partition, and what the round loop needs of them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from spryfl.client_choice import ClientChoice, client_choice
 from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
-from spryfl.data.loading import load_rows
-from spryfl.data.partition import Partition, partition_rows
+from spryfl.data.loading import LabelledRows, load_rows
+from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
 from spryfl.data.task import Evaluation, Task
 from spryfl.errors import ConfigError, DataError, nearest
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
@@ -37,14 +39,35 @@ from spryfl.models.units import HEAD, parameters_of
 from spryfl.tasks import TASKS, Encode
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
-    "forward": lambda config: ForwardGradient(config.method.num_tangents),
-    "bottleneck": lambda config: BottleneckGradient(config.method.num_tangents),
-    "zeroth_order": lambda config: ZerothOrder(config.method.num_tangents, config.method.step_size),
+    "forward": lambda config: ForwardGradient(config.method.own_num_tangents),
+    "bottleneck": lambda config: BottleneckGradient(config.method.own_num_tangents),
+    "zeroth_order": lambda config: ZerothOrder(config.method.own_num_tangents, config.method.own_step_size),
     "guided": lambda config: GuidedGradient(
         layer_calls, horizon=config.guide.horizon, slopes_per=config.guide.slopes, explore=config.guide.explore
     ),
     "backprop": lambda config: Backprop(config.method.checkpointing, layer_calls, config.method.budget),
 }
+
+
+def _partition(config: RunConfig, rows: LabelledRows) -> tuple[Partition, Partition]:
+    """The rows that each client trains on, and those that it is evaluated on."""
+    column = config.partition.column
+    if column is not None and column not in rows.train.column_names:
+        known = rows.train.column_names
+        raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
+    whole = partition_rows(
+        config.partition,
+        np.asarray(rows.train[config.data.label_column][:]),
+        None if column is None else rows.train[column][:],
+        config.seed,
+    )
+    partition, held_out = hold_out(whole, config.evaluation.held_out, config.seed)
+    if config.evaluation.held_out > 0 and not any(map(len, held_out)):
+        raise DataError(
+            f"evaluation.held_out = {config.evaluation.held_out:g} is less than a row of every client: raise it, or "
+            "lower partition.num_clients, so that clients hold more rows"
+        )
+    return partition, held_out
 
 
 @dataclass(frozen=True)
@@ -71,7 +94,9 @@ class Workbench:
 
     Attributes:
         encode: tokenizes rows for the task; train and test are encoded already.
+        partition: the rows of train that each client trains on.
         num_labels: classes.
+        held_out: the rows of train that each client is evaluated on.
     """
 
     config: RunConfig
@@ -82,21 +107,13 @@ class Workbench:
     test: Examples
     partition: Partition
     num_labels: int
+    held_out: Partition
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "Workbench":
         """Load everything a run needs; every problem with data or model shows here, before any work."""
         rows = load_rows(config.data, config.seed)
-        column = config.partition.column
-        if column is not None and column not in rows.train.column_names:
-            known = rows.train.column_names
-            raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
-        partition = partition_rows(
-            config.partition,
-            np.asarray(rows.train[config.data.label_column][:]),
-            None if column is None else rows.train[column][:],
-            config.seed,
-        )
+        partition, held_out = _partition(config, rows)
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
         low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
@@ -105,7 +122,7 @@ class Workbench:
             require_support(adapted.model, config.model.name)
         task, encode = TASKS[config.task.kind](config, rows, adapted)
         train, test = encode(rows.train), encode(rows.test)
-        bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels)
+        bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels, held_out)
         bench._require_budget()
         bench._require_dimensions()
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
@@ -135,11 +152,13 @@ class Workbench:
             return sum(self.adapted.model.get_parameter(name).numel() for name in group)
 
         shared = [federation.units[unit] for unit in federation.shared]
-        dealt = sorted((own for unit, own in federation.units.items() if unit not in federation.shared), key=size)
+        blocks = federation.blocks or [[unit] for unit in federation.units]
+        own = [[federation.units[unit] for unit in block if unit not in federation.shared] for block in blocks]
+        dealt = sorted(own, key=lambda block: sum(map(size, block)))
         if method.tangents_per == "step" and federation.assignment == "split":
             dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
-        for group in tangent_groups(method.tangents_per, [*dealt, *shared]):
-            require_dimensions(method.distribution, method.num_tangents, size(group), group)
+        for group in tangent_groups(method.tangents_per, [*chain(*dealt), *shared]):
+            require_dimensions(method.distribution, method.own_num_tangents, size(group), group)
 
     @cached_property
     def client_memory(self) -> ClientMemory | None:
@@ -179,12 +198,16 @@ class Workbench:
             units={unit.name: unit.parameters for unit in self.adapted.units},
             shared=tuple(u.name for u in self.adapted.units if u.name == HEAD and head_is_shared),
             assignment=method.assignment,
+            blocks=self._layer_blocks if config.method.deal == "layer" else (),
             rotate=config.method.rotate,
             upload=config.method.upload or method.upload,
             training=self.training,
             fit=None if fitting is None else fitting.fit,
             places={} if config.guide.guess != "maps" else self.places,
             momentum=config.method.own_estimator in ("guided", "auto") and config.guide.momentum,
+            sizes=tuple(map(len, self.partition)) if config.server.sampling == "size" else (),
+            pacing=method.pacing,
+            variance_threshold=config.method.own_variance_threshold or math.inf,
             server=ServerUpdate(
                 kind=server,
                 learning_rate=config.server.learning_rate or default_learning_rate(server, method.pace),
@@ -204,11 +227,14 @@ class Workbench:
             optimizer=config.local.optimizer,
             learning_rate=config.local.learning_rate,
             weight_decay=config.local.weight_decay,
-            num_tangents=config.method.num_tangents,
+            num_tangents=config.method.own_num_tangents,
             distribution=config.method.distribution,
             tangents_per=config.method.tangents_per,
             shrinkage=config.method.shrinkage,
             chunk_bytes=config.method.chunk,
+            num_candidates=config.method.own_num_candidates,
+            same_directions=METHODS[config.method.name].same_directions,
+            tells_variance=METHODS[config.method.name].pacing == "leave_out",
         )
 
     @cached_property
@@ -220,6 +246,16 @@ class Workbench:
             parameters = {self.adapted.model.get_parameter(name) for name in unit.parameters}
             found[unit.name] = tuple(place for place, inside in enumerate(own) if inside & parameters)
         return found
+
+    @cached_property
+    def _layer_blocks(self) -> tuple[tuple[str, ...], ...]:
+        """Units by the layer they lie in, from the lowest up; those in none, each alone, at the end."""
+        blocks: dict[tuple[int, ...], list[str]] = {}
+        for unit, places in self.places.items():
+            if places:
+                blocks.setdefault(places, []).append(unit)
+        alone = [(unit,) for unit, places in self.places.items() if not places]
+        return (*(tuple(blocks[places]) for places in sorted(blocks)), *alone)
 
     @cached_property
     def estimator(self) -> GradientEstimator:
@@ -246,7 +282,11 @@ class Workbench:
 
     def client(self, client: int) -> Client[Batch]:
         """The client of a partition id; its adapter's dropout is on, the base model's is not."""
-        return self.client_with(PartitionData(self.task, self.train, self.partition[client]))
+        own = self.client_with(PartitionData(self.task, self.train, self.partition[client]))
+        held_out, size = self.held_out[client].tolist(), self.config.evaluation.batch_size
+        if not held_out:
+            return own
+        return replace(own, score=partial(self.task.evaluate, examples=self.train, rows=held_out, batch_size=size))
 
     def client_with(self, data: PartitionData) -> Client[Batch]:
         """A client that holds some of the training data."""
@@ -257,6 +297,13 @@ class Workbench:
         """The most tokens, padding included, that a batch of this client can have."""
         lengths = [len(self.train.encodings[row]["input_ids"]) for row in self.partition[client]]
         return max(lengths) * min(self.config.local.batch_size, len(lengths))
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """(clients, labels) rows of each label that each client trains on or holds out; one column without classes."""
+        labels = self.train.labels if self.num_labels else np.zeros(len(self.train), dtype=np.int64)
+        whole = [np.concatenate(parts) for parts in zip(self.partition, self.held_out, strict=True)]
+        return label_counts(whole, labels, max(self.num_labels, 1))
 
     def initial_state(self) -> FederatedState:
         names = parameters_of(self.adapted.units)

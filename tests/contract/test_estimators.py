@@ -47,7 +47,15 @@ DRAWS: dict[str, Callable[[list[str]], Draw]] = {
         0, 1, 0, "orthogonal", (tuple(names[:1]), tuple(names[1:]))
     ).at_step(0),
     "shrunk": lambda names: DirectionStream(0, 1, 0, shrinkage=True).at_step(0),
+    "nearest of candidates": lambda names: DirectionStream(0, 1, 0, num_candidates=3, known=Known()).at_step(0),
 }
+
+
+class Known(dict):
+    """A last update of ones, for every LoRA matrix."""
+
+    def get(self, name: str) -> Tensor | None:
+        return torch.ones(2 * 32) if "lora" in name else None
 
 
 @pytest.mark.parametrize(

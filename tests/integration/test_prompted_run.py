@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prompted import TEMPLATE, WORDS, save_decoder
 from spryfl.cli.main import main
 from spryfl.config import TASK_KINDS, RunConfig, parse_config, with_overrides
+from spryfl.federated.method import METHODS
 from spryfl.federated.rounds import run_round
 from spryfl.models.classes import MODEL_CLASSES
 from spryfl.models.quantizing import quantize_checkpoint
@@ -42,9 +43,12 @@ def make(table: dict[str, Any]) -> Callable[..., RunConfig]:
     )
 
 
-@pytest.mark.parametrize("method", ["spry", "fedyogi", "fedmezo"])
-def test_runs(method: str, make: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = make(method__name=method, method__upload="slopes") if method == "spry" else make(method__name=method)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method: str, make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    options: dict[str, object] = {"method__upload": "slopes"} if method == "spry" else {}
+    if METHODS[method].num_tangents > 1:
+        options["method__num_tangents"] = 2
+    config = make(method__name=method, server__num_rounds=2, **options)
     (summary,) = run_suite(config, tmp_path / "run")
     assert summary.num_failures == summary.num_refused == 0
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]

@@ -79,8 +79,9 @@ def test_the_demo_end_to_end(tmp_path: Path) -> None:
     done = spry([*small(["run", "demo"]), "--out", "demo", "--json"], tmp_path)
     summary = json.loads(done.stdout)
     assert summary["model"] == "builtin:minilm"
-    assert summary["method"] == "spry"
-    backprop, zeroth_order = summary["compared"]
+    assert summary["method"] == "spry_guided"
+    spry_as_published, backprop, zeroth_order = summary["compared"]
+    assert (spry_as_published["method"], spry_as_published["estimator"]) == ("spry", "forward")
     assert (backprop["method"], backprop["checkpointing"]) == ("fedyogi", "per_layer")
     assert (zeroth_order["method"], zeroth_order["dtype"]) == ("fedmezo", "float32")
     assert summary["accuracy_before"] == backprop["accuracy_before"]

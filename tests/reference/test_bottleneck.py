@@ -82,10 +82,13 @@ def gradients_at_low(model: nn.Module, loss: Loss, module: nn.Module) -> list[Te
         return list(torch.autograd.grad(loss(model), outputs))
 
 
-@pytest.mark.parametrize("family", ["bert", "albert", "llama"])
-def test_estimate_is_each_examples_slope_times_its_tangent(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bert", "lora"), ("albert", "lora"), ("llama", "lora"), ("bert", "dora")]
+)
+def test_estimate_is_each_examples_slope_times_its_tangent(family: str, kind: str) -> None:
     """K = 2, one A: sum over calls and examples of mean_k (grad_z[i] . v_ik) v_ik x_i^T, with autograd's grad_z[i]."""
-    model, batch = build(family), padded_batch(left=family == "llama")
+    model = build(family, adapter=AdapterConfig(kind=kind, rank=2, alpha=2))
+    batch = padded_batch(left=family == "llama")
     loss, mask = batch_loss(batch), batch["attention_mask"].double()
     name = next(name for name in trainable(model) if "lora_A" in name)
     module = bottlenecks(model, [name])[name]

@@ -6,15 +6,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import batch_loss, build, padded_batch, trainable
-from spryfl.federated.client import Client, LocalTraining, read_values
+from families import autograd_gradient, batch_loss, build, padded_batch, trainable
+from spryfl.config import AdapterConfig
+from spryfl.federated.client import BatchLoss, Client, LocalTraining, read_values
 from spryfl.federated.messages import ClientTask
 from spryfl.federated.rounds import Federation, proposed_change
 from spryfl.federated.server_optimizer import ServerUpdate
 from spryfl.gradients.backprop import Backprop
-from spryfl.gradients.forward import ForwardGradient
+from spryfl.gradients.bottleneck import BottleneckGradient
+from spryfl.gradients.estimator import GradientEstimator
+from spryfl.gradients.exact_head import ExactHead
+from spryfl.gradients.forward import ForwardGradient, loss_and_slopes
+from spryfl.gradients.guided import GuidedGradient
 from spryfl.gradients.tangents import SPREADS, tangent_groups
 from spryfl.gradients.zeroth_order import ZerothOrder
+from spryfl.models.adapters import dropout_modules
+from spryfl.models.layers import layer_calls
 
 ESTIMATORS = {"forward": ForwardGradient(2), "zeroth_order": ZerothOrder(2)}
 
@@ -122,6 +129,53 @@ def test_dropout_draws_one_mask_a_step() -> None:
     assert len(losses) == 18
     assert all(len(set(losses[i : i + 6])) == 1 for i in (0, 6, 12))
     assert len(set(losses)) == 3
+
+
+OF_EVERY_KIND: dict[str, GradientEstimator] = {
+    "forward": ForwardGradient(2),
+    "bottleneck": BottleneckGradient(2),
+    "guided": GuidedGradient(layer_calls),
+    "zeroth_order": ZerothOrder(2),
+    "backprop": Backprop(),
+    "per_layer": Backprop("per_layer", layer_calls),
+    "exact_head": ExactHead(ForwardGradient(), layer_calls, frozenset()),
+}
+
+
+@pytest.mark.parametrize("name", OF_EVERY_KIND)
+def test_epochs_and_dropout_with_every_estimator(name: str) -> None:
+    """Two epochs go further than one; dropout changes what is trained, but for the zeroth order, which has none."""
+    adapter = AdapterConfig(rank=2, dropout=0.5)
+    found = {}
+    for epochs, active in ((1, True), (2, True), (2, False)):
+        model = build("bert", adapter=adapter).float()
+        dropout = dropout_modules(model) if active else []
+        client = Client(model, Rows(), OF_EVERY_KIND[name], training(epochs=epochs), dropout)
+        update, again = (client.update(task_for(model)) for _ in range(2))
+        assert update.num_examples == 10
+        assert all(torch.equal(again.tensors[n], t) for n, t in update.tensors.items())  # masks are the seed's
+        assert not any(module.training for module in model.modules())
+        found[epochs, active] = torch.cat([t.flatten() for t in update.tensors.values()])
+    assert not torch.equal(found[1, True], found[2, True])
+    assert torch.equal(found[2, True], found[2, False]) == (name == "zeroth_order")
+
+
+def test_forward_modes_slopes_are_of_the_masked_function() -> None:
+    """In float64, with dropout active: all K of a step against autograd under the same mask."""
+    model = build("bert", adapter=AdapterConfig(rank=2, dropout=0.5))
+    names, rows = trainable(model), Rows()
+    loss = BatchLoss(rows, rows.batch([0, 1, 2]), seed=7)
+    generator = torch.Generator().manual_seed(2)
+    tangents = {n: torch.randn((3, *model.get_parameter(n).shape), generator=generator).double() for n in names}
+    slopes = []
+    for active in (True, False):
+        for module in dropout_modules(model):
+            module.training = active
+        exact = autograd_gradient(model, loss, names)
+        expected = sum((exact[n] * tangents[n]).flatten(1).sum(1) for n in names)
+        slopes.append(loss_and_slopes(model, loss, tangents)[1])
+        assert torch.allclose(slopes[-1], expected, rtol=1e-9)
+    assert not torch.allclose(*slopes, rtol=1e-3)
 
 
 def test_low_precision_models_train_float32_masters() -> None:

@@ -1,4 +1,4 @@
-"""Built-in and local data, their mistakes, and their partitions."""
+"""Built-in and local data, and their mistakes."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from spryfl.config import DataConfig, PartitionConfig
+from spryfl.config import DataConfig
 from spryfl.data.builtin import FOLDER
 from spryfl.data.loading import load_rows
-from spryfl.data.partition import partition_rows
 from spryfl.errors import DataError
 
 ROWS = [{"text": f"row {i}", "label": i % 2} for i in range(20)]
@@ -127,45 +124,3 @@ def test_shared_datasets(shared_data: Path, name: str, columns: tuple[str, ...],
     rows = load_rows(DataConfig(name=str(shared_data / name), text_columns=columns, max_train_examples=500), 0)
     assert rows.num_labels == labels
     assert len(rows.train) == 500
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(0, 4), min_size=30, max_size=200),
-    st.integers(1, 10),
-    st.sampled_from([0.01, 0.1, 1.0, 100.0]),
-    st.integers(1, 3),
-    st.sampled_from(["dirichlet", "iid"]),
-)
-def test_partitions_share_every_row_once(
-    labels: list[int], num_clients: int, alpha: float, least: int, kind: str
-) -> None:
-    config = PartitionConfig(kind=kind, num_clients=num_clients, alpha=alpha, min_examples=least)
-    partition = partition_rows(config, np.array(labels), None, seed=3)
-    assert sorted(np.concatenate(partition).tolist()) == list(range(len(labels)))
-    assert min(map(len, partition)) >= least
-    again = partition_rows(config, np.array(labels), None, seed=3)
-    assert all(np.array_equal(one, other) for one, other in zip(partition, again, strict=True))
-
-
-def test_smaller_alpha_is_more_unequal() -> None:
-    labels = np.arange(4000) % 2
-
-    def skew(alpha: float) -> float:
-        config = PartitionConfig(num_clients=20, alpha=alpha)
-        return float(np.mean([abs(labels[rows].mean() - 0.5) for rows in partition_rows(config, labels, None, 0)]))
-
-    assert skew(0.1) > skew(1.0) > skew(100.0)
-
-
-def test_natural_partition() -> None:
-    config = PartitionConfig(kind="column", column="who", min_examples=1)
-    partition = partition_rows(config, np.zeros(5), ["b", "a", "b", "c", "a"], 0)
-    assert [rows.tolist() for rows in partition] == [[1, 4], [0, 2], [3]]
-    with pytest.raises(DataError, match=r"c \(1\)"):
-        partition_rows(config.model_copy(update={"min_examples": 2}), np.zeros(5), ["b", "a", "b", "c", "a"], 0)
-
-
-def test_too_many_clients_for_the_rows() -> None:
-    with pytest.raises(DataError, match="need 200 rows, there are 50"):
-        partition_rows(PartitionConfig(num_clients=100), np.zeros(50), None, 0)

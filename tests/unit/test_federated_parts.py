@@ -1,5 +1,6 @@
 """Assignment, sampling, aggregation and server optimizers, by hand-sized numbers."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from spryfl.federated.aggregation import Contribution, weighted_mean
 from spryfl.federated.assignment import assign_all, assign_split, assign_units
-from spryfl.federated.sampling import sample_cohort
+from spryfl.federated.sampling import Sampling, inclusion
 from spryfl.federated.server_optimizer import ServerUpdate
 
 
@@ -28,6 +29,13 @@ def test_shared_units_go_to_everyone() -> None:
     assert assign_units("split", ["head"], [3, 5], 0, ["head"]) == {3: ("head",), 5: ("head",)}
 
 
+def test_blocks_are_dealt_together() -> None:
+    units, blocks = ["q0", "v0", "q1", "v1", "head"], [("q0", "v0"), ("q1", "v1"), ("head",)]
+    lower, upper = ("q0", "v0", "head"), ("q1", "v1", "head")
+    assert assign_units("split", units, [3, 5, 8], 0, ["head"], blocks) == {3: lower, 5: upper, 8: lower}
+    assert assign_units("split", units, [3], 1, [], blocks) == {3: tuple(units)}
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
 def test_every_client_works_and_every_unit_is_trained(num_units: int, num_clients: int, start: int) -> None:
     units = [f"u{i}" for i in range(num_units)]
@@ -42,13 +50,49 @@ def test_every_client_works_and_every_unit_is_trained(num_units: int, num_client
 
 
 def test_cohorts_are_seeded_distinct_and_fair() -> None:
-    cohorts = [sample_cohort(20, 5, seed=0, round=r) for r in range(1, 401)]
-    assert cohorts[0] == sample_cohort(20, 5, seed=0, round=1)
-    assert cohorts[0] != sample_cohort(20, 5, seed=1, round=1)
+    cohorts = [Sampling(20, 5).cohort(0, r) for r in range(1, 401)]
+    assert cohorts[0] == Sampling(20, 5).cohort(0, 1)
+    assert cohorts[0] != Sampling(20, 5).cohort(1, 1)
     assert all(len(set(cohort)) == 5 for cohort in cohorts)
     counts = [sum(client in cohort for cohort in cohorts) for client in range(20)]
     assert min(counts) > 60  # 100 expected, standard deviation under 9
     assert max(counts) < 140
+
+
+def test_inclusion_by_size() -> None:
+    """The first client's share of two places exceeds one; the others share the other place."""
+    assert inclusion([6, 2, 1, 1], 2).tolist() == [1.0, 0.5, 0.25, 0.25]
+    assert inclusion([1, 1, 1, 1], 2).tolist() == [0.5] * 4
+    assert inclusion([5, 1], 3).tolist() == [1.0, 1.0]
+    sampling = Sampling(4, 2, (6, 2, 1, 1))
+    assert [sampling.weight(client, 99) for client in range(4)] == [6.0, 4.0, 4.0, 4.0]
+    assert Sampling(4, 2).weight(1, 99) == 99
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 20), st.integers(0, 50))
+def test_cohorts_by_size(sizes: list[int], cohort_size: int, seed: int) -> None:
+    sampling = Sampling(len(sizes), cohort_size, tuple(sizes))
+    probabilities = inclusion(sizes, cohort_size)
+    assert sum(probabilities) == pytest.approx(min(cohort_size, len(sizes)))
+    assert ((probabilities > 0) & (probabilities <= 1)).all()
+    cohort = sampling.cohort(seed, 1)
+    assert len(set(cohort)) == min(cohort_size, len(sizes))
+    assert set(np.flatnonzero(probabilities == 1)) <= set(cohort)
+    assert sum(sampling.weight(client, 1) for client in cohort) == pytest.approx(sum(sizes))
+
+
+@pytest.mark.parametrize("sizes", [(), (30, 8, 4, 4, 2, 1, 1)])
+def test_the_mean_over_cohorts_is_unbiased(sizes: tuple[int, ...]) -> None:
+    """Of 6,000 cohorts of 3 of 7 clients: the weighted sum over all clients, within five standard errors."""
+    examples, changes = (30, 8, 4, 4, 2, 1, 1), (1.0, -2.0, 3.0, 0.5, 7.0, -9.0, 20.0)
+    sampling = Sampling(7, 3, sizes)
+    scale = 1 if sizes else 7 / 3  # uniform cohorts weigh n, for n / p with p = 3 / 7
+    found = [
+        scale * sum(sampling.weight(c, examples[c]) * changes[c] for c in sampling.cohort(0, r)) for r in range(1, 6001)
+    ]
+    exact = sum(n * change for n, change in zip(examples, changes, strict=True))
+    assert abs(np.mean(found) - exact) < 5 * np.std(found) / len(found) ** 0.5
+    assert np.std(found) > 1  # cohorts do differ
 
 
 def test_weighted_mean_over_those_that_trained() -> None:

@@ -147,6 +147,8 @@ class Variant:
 GUIDED: Settings = {"method.name": "spry_guided"}
 MAPS: Settings = GUIDED | {"guide.guess": "maps", "guide.check_every": 5, "guide.refit_below": 0.8}
 GUESS: Settings = MAPS | {"guide.slopes": "none"}
+BY_LAYER: Settings = {"method.deal": "layer"}
+"""A client gets all adapted modules of a layer, at no more than one layer's backward pass: twice the rows a unit."""
 CHECKPOINTED: Settings = {"method.checkpointing": "per_layer"}
 
 
@@ -173,6 +175,14 @@ VARIANTS: dict[str, Variant] = {
         Variant("guided maps", "h=0", MAPS, maps=True, rates_of="guess maps h=0"),
         Variant("guess maps", "h=0", GUESS, maps=True),
         Variant("guided identity", "h=0", GUIDED, rates_of="guess maps h=0"),
+        _guess("h=0, by layer", BY_LAYER),
+        _guess("h=2, by layer", BY_LAYER | {"guide.horizon": 2}),
+        Variant(
+            "backprop split",
+            "by layer",
+            {"method.name": "fedyogi_split"} | CHECKPOINTED | BY_LAYER,
+            rates_of="backprop",
+        ),
         Variant("forward", "K=1", {"method.name": "spry"}),
         Variant("zeroth order", "", {"method.name": "fedmezo"}),
         _guess("h=1", {"guide.horizon": 1}),

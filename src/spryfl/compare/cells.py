@@ -107,9 +107,9 @@ def relative_cost(config: RunConfig) -> float:
     num_examples = (config.data.max_train_examples or 10_000) / config.partition.num_clients * local.epochs
     rows = min(local.batch_size, num_examples) if METHODS[method.name].pace == "iteration" else num_examples
     passes = {
-        "forward": 1 + method.num_tangents,
-        "bottleneck": 1 + method.num_tangents,
-        "zeroth_order": 2 * method.num_tangents,
+        "forward": 1 + method.own_num_tangents,
+        "bottleneck": 1 + method.own_num_tangents,
+        "zeroth_order": 2 * method.own_num_tangents,
         "guided": 2.5,
         "backprop": 3.0 if method.checkpointing == "none" else 4.0,
         "auto": 4.0,

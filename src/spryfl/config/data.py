@@ -70,10 +70,14 @@ class TaskConfig(Part):
 class PartitionConfig(Part):
     """How training examples are shared among clients."""
 
-    kind: Literal["dirichlet", "iid", "column"] = "dirichlet"
+    kind: Literal["dirichlet", "quantity", "iid", "column"] = Field(
+        "dirichlet", description="unequal labels, unequal sizes, neither, or one client for each value of a column"
+    )
     num_clients: Positive = Field(100, description="kind column: the column decides")
-    alpha: PositiveFloat = Field(1.0, description="Dirichlet concentration; smaller is more unequal")
-    min_examples: Positive = Field(2, description="every client holds at least this many")
+    alpha: PositiveFloat = Field(
+        1.0, description="dirichlet, quantity: the Dirichlet distribution's concentration; smaller is more unequal"
+    )
+    min_examples: Positive = Field(2, description="every client holds at least this many, held-out ones included")
     column: str | None = Field(None, description="kind column: one client for each value")
 
     @model_validator(mode="after")

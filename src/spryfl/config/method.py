@@ -27,7 +27,9 @@ class MethodConfig(Part):
         description="how clients estimate gradients, the method's own by default; auto: what goes furthest in a second "
         "of what fits each client",
     )
-    num_tangents: Positive = Field(1, description="K: directions a step; unused by backprop")
+    num_tangents: Positive | None = Field(
+        None, description="K: directions a step, the method's own by default; unused by backprop"
+    )
     distribution: Distribution = Field(
         "gaussian", description="of directions; orthogonal and coordinate ones give the exact gradient at K = d"
     )
@@ -37,10 +39,23 @@ class MethodConfig(Part):
         False, description="give the head its exact gradient, at no further pass; backprop and guided always do"
     )
     chunk: Size | None = Field(None, description="bound on a pass's temporaries, 32MiB by default; changes no result")
-    step_size: PositiveFloat = Field(1e-3, description="h of the zeroth-order difference")
+    step_size: PositiveFloat | None = Field(
+        None, description="h of the zeroth-order difference, the method's own by default"
+    )
+    num_candidates: Positive | None = Field(
+        None,
+        description="directions drawn for each that is used, those nearest to the last global update; the method's own "
+        "by default, 1 uses all",
+    )
+    variance_threshold: PositiveFloat | None = Field(
+        None, description="of methods that wait for agreement, fwdllm: (difference of two half means)^2 / 2, averaged"
+    )
     checkpointing: Literal["none", "per_layer", "budgeted"] = Field("none", description="of backprop")
     budget: Size | None = Field(None, description="budgeted: bytes of layer inputs kept, such as '64MiB' or '1.5GB'")
     head: Literal["every", "cycle"] = Field("every", description="the head goes to every client, or takes its turn")
+    deal: Literal["unit", "layer"] = Field(
+        "unit", description="what goes to one client together: an adapted module, or all of a layer's"
+    )
     rotate: bool = Field(True, description="start the cycle one unit further each round")
     upload: Literal["values", "slopes"] | None = Field(None, description="what travels up; the method's own by default")
 
@@ -58,10 +73,28 @@ class MethodConfig(Part):
                 "estimator = 'bottleneck' draws independent directions for every example, unscaled: leave shrinkage "
                 "out, and set distribution = 'gaussian' or 'rademacher'"
             )
+        if self.own_num_candidates > 1:
+            if self.own_estimator not in ("forward", "zeroth_order"):
+                raise ValueError(
+                    f"num_candidates = {self.own_num_candidates}: estimator '{self.own_estimator}' takes no drawn "
+                    "directions that could be chosen among: set num_candidates = 1, or estimator = 'zeroth_order'"
+                )
+            if self.distribution in ("orthogonal", "coordinate"):
+                raise ValueError(
+                    f"num_candidates = {self.own_num_candidates}: directions chosen one by one are not "
+                    f"{self.distribution}: set num_candidates = 1, or distribution = 'gaussian'"
+                )
+        if self.variance_threshold is not None and METHODS[self.name].pacing == "none":
+            raise ValueError(
+                f"variance_threshold: method '{self.name}' takes every round as it comes: leave it out, or choose "
+                "'fwdllm' or 'fwdllm_plus'"
+            )
         if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
             raise ValueError("exact_head: the head's gradient cannot be rebuilt from slopes; set upload = 'values'")
         if self.estimator == "auto" and self.checkpointing != "none":
             raise ValueError(f"checkpointing = '{self.checkpointing}': estimator = 'auto' chooses it; leave it out")
+        if self.deal == "layer" and METHODS[self.name].assignment == "all":
+            raise ValueError(f"deal = 'layer': method '{self.name}' gives every unit to every client; leave it out")
         if self.checkpointing == "budgeted" and self.budget is None:
             raise ValueError("checkpointing = 'budgeted' needs a budget, such as budget = '64MiB'")
         if self.budget is not None and self.checkpointing != "budgeted":
@@ -72,6 +105,23 @@ class MethodConfig(Part):
     def own_estimator(self) -> Estimator | Literal["auto"]:
         """The estimator asked for, or the method's own."""
         return self.estimator or METHODS[self.name].estimator
+
+    @property
+    def own_num_tangents(self) -> int:
+        """K: what was asked for, or the method's own; so with the following."""
+        return self.num_tangents or METHODS[self.name].num_tangents
+
+    @property
+    def own_step_size(self) -> float:
+        return self.step_size or METHODS[self.name].step_size
+
+    @property
+    def own_num_candidates(self) -> int:
+        return self.num_candidates or METHODS[self.name].num_candidates
+
+    @property
+    def own_variance_threshold(self) -> float | None:
+        return self.variance_threshold or METHODS[self.name].variance_threshold
 
 
 class GuideConfig(Part):

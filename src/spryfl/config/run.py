@@ -50,7 +50,7 @@ class RunConfig(Part):
         server = self.server.optimizer or METHODS[self.method.name].server
         if self.guide.momentum and server == "sgd":
             raise ValueError("guide.momentum: server.optimizer = 'sgd' keeps no momentum; choose 'yogi' or 'adam'")
-        trains_a = self.adapter.kind == "lora" and self.adapter.frozen != "a"
+        trains_a = self.adapter.kind in ("lora", "dora") and self.adapter.frozen != "a"
         if self.method.own_estimator == "bottleneck" and not trains_a:
             raise ValueError(
                 "method.estimator = 'bottleneck' perturbs the output of LoRA's A, which this adapter does not train: "

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spryfl.config.part import Part, Positive, PositiveFloat, Size
+from spryfl.federated.method import SamplingKind
 
 
 class LocalConfig(Part):
@@ -24,6 +25,9 @@ class ServerConfig(Part):
 
     num_rounds: Positive = 30
     cohort_size: Positive = Field(10, description="clients a round")
+    sampling: SamplingKind = Field(
+        "uniform", description="of cohorts: clients alike, or by their number of examples, who then weigh alike"
+    )
     optimizer: Literal["sgd", "adagrad", "adam", "yogi"] | None = Field(None, description="the method's by default")
     learning_rate: PositiveFloat | None = Field(None, description="0.01; sgd: 1 on values (the mean), 0.1 on gradients")
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -31,11 +35,30 @@ class ServerConfig(Part):
     tau: PositiveFloat = Field(1e-3, description="adaptivity: added to the denominator")
 
 
-class EvaluationConfig(Part):
-    """How often the global model is evaluated on the test split."""
+When = Literal["never", "end", "every"]
 
-    every: Positive = Field(5, description="rounds; the last round is always evaluated")
+
+class EvaluationConfig(Part):
+    """What the global model, and what clients make of it, is evaluated on, and how often."""
+
+    every: Positive = Field(5, description="rounds between evaluations on the test split; the last one always is")
     batch_size: Positive = 64
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="the part of each client's rows kept for its evaluation; 0: all are trained on"
+    )
+    generalized: When = Field("end", description="the global model on clients' held-out rows; every: as the test split")
+    personalized: When = Field("end", description="after each client's local training; costs more than a round")
+    max_clients: Positive | None = Field(None, description="evaluated, drawn once from the seed; all by default")
+
+    @model_validator(mode="after")
+    def _clients_hold_something_out(self) -> "EvaluationConfig":
+        asked = [name for name in ("generalized", "personalized") if getattr(self, name) == "every"]
+        asked += ["max_clients"] if self.max_clients is not None else []
+        if self.held_out == 0 and asked:
+            raise ValueError(f"{' and '.join(asked)}: clients hold out no rows to evaluate on; set held_out = 0.2")
+        if self.held_out > 0 and self.generalized == self.personalized == "never":
+            raise ValueError("held_out keeps rows from training that nothing evaluates: leave it out")
+        return self
 
 
 class ClientsConfig(Part):

@@ -10,6 +10,9 @@ from spryfl.errors import DataError
 Partition = list[np.ndarray]
 """Sorted row numbers of each client; every row belongs to one client."""
 
+_HELD_OUT_STREAM = 2  # keeps held-out rows independent of the cohorts, drawn from the same seed
+_LARGEST_ALPHA = 1e12  # proportions are equal to six digits there, and sums of more overflow
+
 
 def partition_rows(
     config: PartitionConfig, labels: np.ndarray, column: Sequence[object] | None, seed: int
@@ -34,6 +37,33 @@ def partition_rows(
     return [np.sort(rows) for rows in PARTITIONS[config.kind](config, labels, column, generator)]
 
 
+def hold_out(partition: Partition, fraction: float, seed: int) -> tuple[Partition, Partition]:
+    """Cut each client's rows into those it trains on and those it is evaluated on.
+
+    Rounded to whole rows, halves up, but a client keeps at least one row to train on: of 0.2, clients of one or two
+    rows hold nothing out. A client's cut depends on the seed, its number and its rows alone.
+
+    Args:
+        fraction: of each client's rows held out; 0 for none.
+
+    Returns:
+        The rows trained on and those held out, sorted, by client.
+    """
+    training, held_out = [], []
+    for client, rows in enumerate(partition):
+        count = max(0, min(int(fraction * len(rows) + 0.5), len(rows) - 1))
+        address = np.array([0, client, _HELD_OUT_STREAM, 0], dtype=np.uint64)
+        order = np.random.Generator(np.random.Philox(key=seed, counter=address)).permutation(rows)
+        held_out.append(np.sort(order[:count]))
+        training.append(np.sort(order[count:]))
+    return training, held_out
+
+
+def label_counts(partition: Partition, labels: np.ndarray, num_labels: int) -> np.ndarray:
+    """(clients, labels) rows of each label that each client holds."""
+    return np.stack([np.bincount(labels[rows], minlength=num_labels) for rows in partition])
+
+
 def _iid(config: PartitionConfig, labels: np.ndarray, column: object, generator: np.random.Generator) -> Partition:
     """Equal shares of shuffled rows."""
     return np.array_split(generator.permutation(len(labels)), config.num_clients)
@@ -42,25 +72,38 @@ def _iid(config: PartitionConfig, labels: np.ndarray, column: object, generator:
 def _dirichlet(
     config: PartitionConfig, labels: np.ndarray, column: object, generator: np.random.Generator
 ) -> Partition:
-    """Each label's rows in proportions drawn from a Dirichlet distribution (Hsu et al. 2019)."""
+    """Each label's rows in proportions drawn from a Dirichlet distribution (Yurochkin et al. 2019)."""
     shares: list[list[np.ndarray]] = [[] for _ in range(config.num_clients)]
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
-        proportions = generator.dirichlet(np.full(config.num_clients, config.alpha))
-        cuts = (np.cumsum(proportions)[:-1] * len(rows)).astype(int)
-        for share, part in zip(shares, np.split(rows, cuts), strict=True):
+        for share, part in zip(shares, _in_proportions(rows, config, generator), strict=True):
             share.append(part)
-    return _with_minimum([np.concatenate(share) for share in shares], config.min_examples)
+    return _with_minimum([np.concatenate(share) for share in shares], config.min_examples, generator)
 
 
-def _with_minimum(partition: Partition, minimum: int) -> Partition:
-    """Move rows from the largest clients to those that hold fewer than `minimum`."""
+def _quantity(config: PartitionConfig, labels: np.ndarray, column: object, generator: np.random.Generator) -> Partition:
+    """Shuffled rows in sizes drawn from a Dirichlet distribution ("quantity skew" of NIID-Bench, Li et al. 2022)."""
+    parts = _in_proportions(generator.permutation(len(labels)), config, generator)
+    return _with_minimum(parts, config.min_examples, generator)
+
+
+def _in_proportions(rows: np.ndarray, config: PartitionConfig, generator: np.random.Generator) -> Partition:
+    """Consecutive parts of rows, their sizes in proportions drawn from a symmetric Dirichlet distribution."""
+    proportions = generator.dirichlet(np.full(config.num_clients, min(config.alpha, _LARGEST_ALPHA)))
+    cuts = (np.cumsum(proportions)[:-1] * len(rows)).astype(int)
+    return np.split(rows, cuts)
+
+
+def _with_minimum(partition: Partition, minimum: int, generator: np.random.Generator) -> Partition:
+    """Move rows drawn from the largest clients to those that hold fewer than `minimum`."""
     sizes = np.array([len(rows) for rows in partition])
     for client in np.flatnonzero(sizes < minimum):
         while sizes[client] < minimum:
             giver = int(np.argmax(sizes))
-            partition[client] = np.append(partition[client], partition[giver][-1])
-            partition[giver] = partition[giver][:-1]
+            place, rows = generator.integers(sizes[giver]), partition[giver]
+            partition[client] = np.append(partition[client], rows[place])
+            rows[place] = rows[-1]
+            partition[giver] = rows[:-1]
             sizes[client] += 1
             sizes[giver] -= 1
     return partition
@@ -82,4 +125,9 @@ def _by_column(
     return [np.flatnonzero(values == name) for name in names]
 
 
-PARTITIONS: dict[str, Callable[..., Partition]] = {"dirichlet": _dirichlet, "iid": _iid, "column": _by_column}
+PARTITIONS: dict[str, Callable[..., Partition]] = {
+    "dirichlet": _dirichlet,
+    "quantity": _quantity,
+    "iid": _iid,
+    "column": _by_column,
+}

@@ -14,26 +14,26 @@ class Contribution:
 
     Attributes:
         change: by parameter name: trained minus old value, or minus the gradient.
-        num_examples: its weight.
+        weight: its number of examples, or what a sampling makes of it (`sampling.Sampling`).
     """
 
     client: int
     change: dict[str, Tensor]
-    num_examples: int
+    weight: float
 
 
 def weighted_mean(contributions: Sequence[Contribution]) -> dict[str, Tensor]:
-    """Each parameter's mean over the clients that trained it, weighted by their numbers of examples.
+    """Each parameter's mean over the clients that trained it, each with its weight.
 
     A parameter nobody trained is absent. The order of arrival does not change the result: clients are
     summed in ascending order, in float64.
     """
     totals: dict[str, Tensor] = {}
-    weights: dict[str, int] = defaultdict(int)
+    weights: dict[str, float] = defaultdict(float)
     for contribution in sorted(contributions, key=lambda c: c.client):
         for name, change in contribution.change.items():
             if name not in totals:
                 totals[name] = torch.zeros(change.shape, dtype=torch.float64)
-            totals[name].add_(change, alpha=contribution.num_examples)
-            weights[name] += contribution.num_examples
+            totals[name].add_(change, alpha=contribution.weight)
+            weights[name] += contribution.weight
     return {name: (total / weights[name]).float() for name, total in totals.items()}

@@ -1,18 +1,21 @@
 """Which client trains which units in a round (Spry's algorithm 1, MapLayersToClients)."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from spryfl.federated.method import Assignment
 
+Dealt = TypeVar("Dealt")
 
-def assign_split(units: Sequence[str], cohort: Sequence[int], start: int = 0) -> dict[int, tuple[str, ...]]:
+
+def assign_split(units: Sequence[Dealt], cohort: Sequence[int], start: int = 0) -> dict[int, tuple[Dealt, ...]]:
     """Deal units out cyclically, so that every client gets work and every unit is trained.
 
     With at least as many units as clients, unit i goes to client i mod M; with fewer, client m gets unit
     m mod U.
 
     Args:
-        units: the U units' names, from the lowest layer up.
+        units: the U units, or blocks of them, from the lowest layer up.
         cohort: the M clients.
         start: rotates the units, so that the same client position does not always get the same one.
 
@@ -27,23 +30,31 @@ def assign_split(units: Sequence[str], cohort: Sequence[int], start: int = 0) ->
     return {client: tuple(units[i] for i in sorted(indices)) for client, indices in dealt.items()}
 
 
-def assign_all(units: Sequence[str], cohort: Sequence[int], start: int = 0) -> dict[int, tuple[str, ...]]:
+def assign_all(units: Sequence[Dealt], cohort: Sequence[int], start: int = 0) -> dict[int, tuple[Dealt, ...]]:
     """Every unit to every client; `start` changes nothing."""
     return {client: tuple(units) for client in cohort}
 
 
-ASSIGNMENTS: dict[Assignment, Callable[[Sequence[str], Sequence[int], int], dict[int, tuple[str, ...]]]] = {
-    "split": assign_split,
-    "all": assign_all,
-}
+ASSIGNMENTS: dict[Assignment, Callable[..., dict[int, tuple[int, ...]]]] = {"split": assign_split, "all": assign_all}
 
 
 def assign_units(
-    kind: Assignment, units: Sequence[str], cohort: Sequence[int], start: int, shared: Sequence[str] = ()
+    kind: Assignment,
+    units: Sequence[str],
+    cohort: Sequence[int],
+    start: int,
+    shared: Sequence[str] = (),
+    blocks: Sequence[Sequence[str]] = (),
 ) -> dict[int, tuple[str, ...]]:
-    """Assign units to a cohort; every client also trains the `shared` ones (the head, by default)."""
-    dealt = [unit for unit in units if unit not in shared]
+    """Assign units to a cohort; every client also trains the `shared` ones (the head, by default).
+
+    Args:
+        blocks: units that are dealt together, from the lowest layer up; by default each alone.
+    """
+    own = [[unit for unit in block if unit not in shared] for block in blocks or [[unit] for unit in units]]
+    dealt = [block for block in own if block]
     if not dealt:
         return {client: tuple(units) for client in cohort}
-    assigned = ASSIGNMENTS[kind](dealt, cohort, start)
-    return {client: (*own, *(unit for unit in units if unit in shared)) for client, own in assigned.items()}
+    assigned = ASSIGNMENTS[kind](range(len(dealt)), cohort, start)
+    kept = {client: {*shared, *(unit for i in blocks for unit in dealt[i])} for client, blocks in assigned.items()}
+    return {client: tuple(unit for unit in units if unit in own) for client, own in kept.items()}

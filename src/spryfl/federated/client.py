@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from spryfl.errors import SpryError
 from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
-from spryfl.federated.messages import ClientTask, ClientUpdate
+from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.federated.method import Pace
+from spryfl.federated.pacing import Halves
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.backprop import Backprop
-from spryfl.gradients.directions import DirectionStream
+from spryfl.gradients.directions import EVERYONE, DirectionStream
 from spryfl.gradients.estimator import GradientEstimator, Loss
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.guided import GuidedGradient
@@ -36,6 +37,19 @@ class ClientData(Protocol[BatchT]):
     def losses(self, model: nn.Module, batch: BatchT) -> Tensor:
         """(rows,) the loss of each row of the batch."""
         ...
+
+
+class Scores(Protocol):
+    """How a model does on some examples."""
+
+    @property
+    def num_examples(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,12 @@ class BatchLoss(Generic[BatchT]):
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How clients train: the same for all clients of a run, known to them and the server."""
+    """How clients train: the same for all clients of a run, known to them and the server.
+
+    Attributes:
+        num_candidates, same_directions: see `method.Method`.
+        tells_variance: clients measure how much their steps' gradients vary (`federated.pacing`).
+    """
 
     pace: Pace
     epochs: int
@@ -74,6 +93,9 @@ class LocalTraining:
     tangents_per: TangentsPer = "step"
     shrinkage: bool = False
     chunk_bytes: int | None = None
+    num_candidates: int = 1
+    same_directions: bool = False
+    tells_variance: bool = False
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps a round of a client with this many examples."""
@@ -83,7 +105,16 @@ class LocalTraining:
         return LocalOptimizer(values, self.optimizer, self.learning_rate, self.weight_decay)
 
     def directions(self, task: ClientTask) -> DirectionStream:
-        return DirectionStream(task.seed, task.round, task.client, self.distribution, task.groups, self.shrinkage)
+        return DirectionStream(
+            seed=task.seed,
+            round=task.round,
+            client=EVERYONE if self.same_directions else task.client,
+            distribution=self.distribution,
+            groups=task.groups,
+            shrinkage=self.shrinkage,
+            num_candidates=self.num_candidates,
+            known=task.last_change,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +124,7 @@ class Client(Generic[BatchT]):
     Attributes:
         dropout: the adapter's dropout modules, active during an update; the base model's never are.
         estimators: by name, those that a task's settings may ask for instead.
+        score: how a model does on the rows this client holds out; None where it holds none.
     """
 
     model: nn.Module
@@ -101,6 +133,7 @@ class Client(Generic[BatchT]):
     training: LocalTraining
     dropout: Sequence[nn.Module] = ()
     estimators: Mapping[str, GradientEstimator] = field(default_factory=dict)
+    score: Callable[[nn.Module], Scores] | None = None
 
     def update(self, task: ClientTask) -> ClientUpdate:
         """Perform a task: local steps on the assigned units; the model is left as it was found.
@@ -111,7 +144,7 @@ class Client(Generic[BatchT]):
         started, cpu_started = time.perf_counter(), time.process_time()
         directions = self.training.directions(task)
         optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
-        losses, slopes, num_seen, gradients = [], [], 0, {}
+        losses, slopes, num_seen, gradients, halves = [], [], 0, {}, Halves()
         random = torch.random.fork_rng(devices=self._accelerators())
         estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes or self.training.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
@@ -126,6 +159,8 @@ class Client(Generic[BatchT]):
                 gradients = estimate.gradients
                 losses.append(estimate.loss * len(rows))
                 num_seen += len(rows)
+                if self.training.tells_variance:
+                    halves.add(gradients, 1.0)
                 if estimate.slopes is not None:
                     slopes.append(estimate.slopes)
                 if self.training.pace == "epoch":
@@ -138,9 +173,29 @@ class Client(Generic[BatchT]):
             loss=sum(losses) / num_seen,
             tensors={"values": optimizer.values, "gradients": gradients, "slopes": {}}[task.upload],
             slopes=torch.stack(slopes) if task.upload == "slopes" else None,
+            variance=halves.variance,
             seconds=time.perf_counter() - started,
             cpu_seconds=time.process_time() - cpu_started,
         )
+
+    def evaluate(self, task: EvaluationTask) -> ClientEvaluation:
+        """Evaluate values on the rows this client holds out; the model is left as it was found.
+
+        With `task.training` it trains first, as in a round, but for whole epochs whatever the method's pace: the one
+        step of a per-iteration method's round would personalize nothing.
+
+        Raises:
+            SpryError: it holds no rows out.
+        """
+        if self.score is None:
+            raise SpryError(f"client {task.client} holds out no rows")
+        values = task.values
+        if task.training is not None:
+            trained = replace(self, training=replace(self.training, pace="epoch")).update(task.training)
+            values = values | trained.tensors
+        with loaded(self.model, values):
+            scores = self.score(self.model)
+        return ClientEvaluation(task.round, task.client, scores.num_examples, scores.loss, dict(scores.metrics))
 
     def _estimator(self, task: ClientTask) -> GradientEstimator:
         """The run's estimator or the one chosen for this client, with its settings and the guides it was sent."""

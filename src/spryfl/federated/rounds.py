@@ -4,6 +4,7 @@ A round takes the federation's state and returns the next; where clients run and
 reports is no concern of it.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,9 @@ from spryfl.federated.assignment import assign_units
 from spryfl.federated.client import LocalTraining
 from spryfl.federated.fitting import Deal, Fit, PassSettings, deal_within
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
-from spryfl.federated.method import Assignment, Upload
-from spryfl.federated.sampling import sample_cohort
+from spryfl.federated.method import Assignment, Pacing, Upload
+from spryfl.federated.pacing import Pool, pooled_mean
+from spryfl.federated.sampling import Sampling
 from spryfl.federated.server_optimizer import Moments, ServerUpdate, momentum_of
 from spryfl.federated.validation import validate_update
 from spryfl.gradients.estimator import gradient_from_slopes
@@ -34,12 +36,16 @@ class FederatedState:
         values: every trainable parameter, float32 on the CPU.
         moments: of the server optimizer.
         maps: backward maps of all layers, for guided tangents.
+        last_change: the last mean change of each parameter, where clients choose directions by it.
+        pool: what rounds at the present values have gathered, where the server waits for agreement.
     """
 
     round: int
     values: dict[str, Tensor]
     moments: Moments = field(default_factory=dict)
     maps: dict[str, Tensor] = field(default_factory=dict)
+    last_change: dict[str, Tensor] = field(default_factory=dict)
+    pool: Pool = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,13 @@ class Federation:
     Attributes:
         units: unit name -> its parameters, from the lowest layer up.
         shared: units every client of the cohort trains (the head, by default).
+        blocks: units that are dealt together; by default each alone.
         rotate: start the cycle of units one further each round; the released code always starts at 0.
         fit: what a client can hold, where memory is a matter.
         places: unit -> the calls of layers it lies in, whose backward maps its clients need.
         momentum: whether clients are sent the server's momentum of their parameters.
+        sizes: examples of each client, where cohorts are sampled by size; empty for uniform cohorts.
+        pacing, variance_threshold: what becomes of gradients that vary too much (`federated.pacing`).
     """
 
     seed: int
@@ -68,6 +77,14 @@ class Federation:
     fit: Fit | None = None
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     momentum: bool = False
+    blocks: tuple[tuple[str, ...], ...] = ()
+    sizes: tuple[int, ...] = ()
+    pacing: Pacing = "none"
+    variance_threshold: float = math.inf
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.num_clients, self.cohort_size, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -75,8 +92,10 @@ class RoundReport:
     """What happened in a round.
 
     Attributes:
-        loss: clients' mean training loss, weighted by examples.
-        num_updates: clients whose updates were used.
+        loss: clients' mean training loss, weighted as their updates.
+        num_updates: clients whose updates are valid.
+        num_left_out: of these, clients whose gradients vary too much.
+        num_pooled: updates that wait for more, so far.
         failures: clients that returned nothing.
         refused: clients whose update failed validation, and why.
         untrained: units nobody trained; they stay as they were.
@@ -99,6 +118,8 @@ class RoundReport:
     untrained: tuple[str, ...]
     unheld: tuple[str, ...] = ()
     settings: dict[int, PassSettings] = field(default_factory=dict)
+    num_left_out: int = 0
+    num_pooled: int = 0
 
 
 def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -> tuple[FederatedState, RoundReport]:
@@ -111,15 +132,16 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     round = state.round + 1
 
     # 1. Sample the cohort and assign units to its clients, each no more than its memory holds.
-    cohort = sample_cohort(federation.num_clients, federation.cohort_size, federation.seed, round)
+    cohort = federation.sampling.cohort(federation.seed, round)
     start = state.round if federation.rotate else 0
-    assigned = assign_units(federation.assignment, list(federation.units), cohort, start, federation.shared)
-    deal = deal_within(assigned, list(federation.units), federation.shared, federation.fit)
+    units, shared = list(federation.units), federation.shared
+    assigned = assign_units(federation.assignment, units, cohort, start, shared, federation.blocks)
+    deal = deal_within(assigned, units, shared, federation.fit)
     if not deal.units:
         raise SpryError(f"round {round}: no client of the cohort has the memory for any unit: raise clients.memory")
 
     # 2. Send each client the present values, its units' names and the seed.
-    tasks = {client: _task(state, federation, client, deal) for client in deal.units}
+    tasks = {client: client_task(state, federation, client, deal) for client in deal.units}
 
     # 3. Clients train; what they return is validated before anything else.
     updates, failures, refused = _collect(runtime, list(tasks.values()), federation)
@@ -127,19 +149,21 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         reasons = [f"client {f.client}: {f.reason}" for f in (*failures, *refused)]
         raise SpryError(f"round {round}: no client returned a usable update; {'; '.join(reasons[:3])}")
 
-    # 4. Each unit's change: the mean over the clients that trained it, weighted by examples.
+    # 4. Each unit's change: the weighted mean over the clients that trained it, if it can be relied on.
+    weights = {u.client: federation.sampling.weight(u.client, u.num_examples) for u in updates}
+    usable = [u for u in updates if not _varies_too_much(u, federation)]
     contributions = [
-        Contribution(u.client, proposed_change(u, tasks[u.client], federation), u.num_examples) for u in updates
+        Contribution(u.client, proposed_change(u, tasks[u.client], federation), weights[u.client]) for u in usable
     ]
-    change = weighted_mean(contributions)
+    change, pool = mean_change(contributions, state.pool, federation)
 
     # 5. The server optimizer applies it; units nobody trained stay bitwise as they were.
     values, moments = federation.server.apply(state.values, change, state.moments)
+    last_change = state.last_change | change if federation.training.num_candidates > 1 else {}
 
-    total = sum(u.num_examples for u in updates)
     report = RoundReport(
         round=round,
-        loss=sum(u.loss * u.num_examples for u in sorted(updates, key=lambda u: u.client)) / total,
+        loss=sum(u.loss * weights[u.client] for u in sorted(updates, key=lambda u: u.client)) / sum(weights.values()),
         num_updates=len(updates),
         bytes_up=sum(u.payload_bytes for u in updates),
         bytes_down=sum(task.payload_bytes for task in tasks.values()),
@@ -152,8 +176,24 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         untrained=tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters)),
         unheld=deal.unheld,
         settings={} if federation.fit is None else deal.settings,
+        num_left_out=len(updates) - len(usable),
+        num_pooled=int(pool.get("count", 0)),
     )
-    return replace(state, round=round, values=values, moments=moments), report
+    return replace(state, round=round, values=values, moments=moments, last_change=last_change, pool=pool), report
+
+
+def mean_change(
+    contributions: Sequence[Contribution], pool: Pool, federation: Federation
+) -> tuple[dict[str, Tensor], Pool]:
+    """The change to apply now, and what is kept for the next round's."""
+    if federation.pacing == "pool":
+        return pooled_mean(pool, contributions, federation.variance_threshold)
+    return weighted_mean(contributions), {}
+
+
+def _varies_too_much(update: ClientUpdate, federation: Federation) -> bool:
+    own = update.variance
+    return federation.pacing == "leave_out" and own is not None and own > federation.variance_threshold
 
 
 def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federation) -> dict[str, Tensor]:
@@ -179,7 +219,8 @@ def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federati
     return {name: update.tensors[name] - value for name, value in old.items()}
 
 
-def _task(state: FederatedState, federation: Federation, client: int, deal: Deal) -> ClientTask:
+def client_task(state: FederatedState, federation: Federation, client: int, deal: Deal) -> ClientTask:
+    """What the server asks of a client in the next round."""
     units = deal.units[client]
     parameters = tuple(name for unit in units for name in federation.units[unit])
     return ClientTask(
@@ -193,6 +234,7 @@ def _task(state: FederatedState, federation: Federation, client: int, deal: Deal
         settings=deal.settings[client],
         maps=maps_for(state.maps, {place for unit in units for place in federation.places.get(unit, ())}),
         momentum=momentum_of(state.moments, parameters) if federation.momentum else {},
+        last_change={name: state.last_change[name] for name in parameters if name in state.last_change},
         groups=tangent_groups(federation.training.tangents_per, [federation.units[unit] for unit in units]),
     )
 

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (out,).
     """
     k = num_tangents(x, weight, bias)
-    (plain_weight, _), (plain_bias, bias_tangents) = split(weight), (None, None) if bias is None else split(bias)
+    (plain_weight, _), (plain_bias, bias_tangents) = split(weight), _split_or_none(bias)
     if k == 0:
         return nn.functional.linear(x, plain_weight, plain_bias)
     if isinstance(x, Dual):
@@ -61,12 +61,7 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor, scaling: float) -> Tensor:
         x: (.., rank).
         weight: (out, rank).
     """
-    k = num_tangents(y, x, weight)
-    if k and not isinstance(y, Dual):
-        stack = new_stack(y, k, y.shape)
-        stack[0] = y
-        stack[1:].zero_()
-        y = Dual(stack)
+    y = _carrying(y, num_tangents(y, x, weight))
     plain_weight = split(weight)[0]
     target = y.stacked if isinstance(y, Dual) else y
     source = x.stacked if isinstance(x, Dual) else x
@@ -79,21 +74,64 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor, scaling: float) -> Tensor:
     return y
 
 
-def layer_norm(module: Any, x: Dual) -> Tensor:
-    """Y' = w * J x'. J = (I - 11^T/n - zz^T/n) / s is symmetric, so its backward kernel applies it forward."""
-    shape, weight, bias = module.normalized_shape, module.weight, module.bias
-    primal = x.stacked[0]
-    stack = torch.empty_like(x.stacked)
-    stack[0], mean, rstd = torch.native_layer_norm(primal, shape, weight, bias, module.eps)
-    for k in range(1, stack.shape[0]):
-        moved, _, _ = torch.ops.aten.native_layer_norm_backward(
-            x.stacked[k], primal, shape, mean, rstd, None, None, (True, False, False)
-        )
-        if weight is None:
-            stack[k] = moved
-        else:
-            torch.mul(moved, weight, out=stack[k])
+def scale_linear(y: Tensor, scale: Tensor) -> Tensor:
+    """S * y, (s * y)' = s * y' + s' * y, overwriting y.
+
+    Args:
+        y: (.., out), contiguous.
+        scale: (out,).
+    """
+    y = _carrying(y, num_tangents(y, scale))
+    plain_scale, tangents = split(scale)
+    if not isinstance(y, Dual):
+        return y.mul_(plain_scale)
+    y.stacked[1:] *= plain_scale
+    for k in range(y.num_tangents if tangents is not None else 0):
+        y.stacked[1 + k].addcmul_(y.stacked[0], tangents[k])  # type: ignore[index]
+    y.stacked[0] *= plain_scale
+    return y
+
+
+def _carrying(y: Tensor, k: int) -> Tensor:
+    """Y as a dual of K tangents: itself, or with tangents of zero."""
+    if not k or isinstance(y, Dual):
+        return y
+    stack = new_stack(y, k, y.shape)
+    stack[0] = y
+    stack[1:].zero_()
     return Dual(stack)
+
+
+def layer_norm(module: Any, x: Tensor) -> Tensor:
+    """Y = w * z + b,  y' = w * J x' + w' * z + b'; any of x, w and b may be a dual.
+
+    J = (I - 11^T/n - zz^T/n) / s is symmetric, so its backward kernel applies it forward.
+    """
+    shape, eps = module.normalized_shape, module.eps
+    (weight, weight_tangents), (bias, bias_tangents) = _split_or_none(module.weight), _split_or_none(module.bias)
+    primal = split(x)[0]
+    output, mean, rstd = torch.native_layer_norm(primal, shape, weight, bias, eps)
+    stack = new_stack(output, num_tangents(x, module.weight, module.bias), output.shape)
+    stack[0] = output
+    if not isinstance(x, Dual):
+        stack[1:].zero_()
+    else:
+        for k in range(1, stack.shape[0]):
+            moved, _, _ = torch.ops.aten.native_layer_norm_backward(
+                x.stacked[k], primal, shape, mean, rstd, None, None, (True, False, False)
+            )
+            torch.mul(moved, 1.0 if weight is None else weight, out=stack[k])
+    if weight_tangents is not None:
+        normed = torch.native_layer_norm(primal, shape, None, None, eps)[0]
+        for k in range(1, stack.shape[0]):
+            stack[k].addcmul_(normed, weight_tangents[k - 1])
+    if bias_tangents is not None:
+        stack[1:] += bias_tangents.view(len(bias_tangents), *(1,) * (output.dim() - len(shape)), *shape)
+    return Dual(stack)
+
+
+def _split_or_none(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if value is None else split(value)
 
 
 # Transformers' RMS norms by class name: what is added to the weight.
@@ -149,7 +187,7 @@ def use_lean_operators(model: nn.Module, dense_weights: Mapping[type, DenseWeigh
         elif type(module) is nn.Linear:
             forward = _of_duals(module, lambda m, x: linear(x, m.weight, m.bias))
         elif type(module) is nn.LayerNorm:
-            forward = _unless_perturbed(module, layer_norm)
+            forward = _of_duals(module, layer_norm)
         elif type(module).__name__ in RMS_NORMS:
             forward = _unless_perturbed(module, rms_norm)
         else:
@@ -172,7 +210,7 @@ def _of_duals(module: Any, operator: Operator) -> Callable[[Tensor], Tensor]:
 
 
 def _unless_perturbed(module: Any, operator: Operator) -> Callable[[Tensor], Tensor]:
-    """As above for norms; one that is perturbed itself takes PyTorch's derivative, operator by operator."""
+    """As above for RMS norms; one that is perturbed itself takes PyTorch's derivative, operator by operator."""
     plain = module.forward
 
     @wraps(plain)

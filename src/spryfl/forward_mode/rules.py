@@ -226,14 +226,18 @@ def _addmm(func: Any, bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alph
 
 
 def _elementwise(backward: Callable[..., Tensor], of_output: bool = False) -> Rule:
-    """The rule of y = f(x): `backward(v, x)`, or `backward(v, y)`, is f'(x) v."""
+    """The rule of y = f(x): `backward(v, x)`, or `backward(v, y)`, is f'(x) v. Kernels write where they are due."""
+    kernel = isinstance(backward, torch._ops.OpOverloadPacket)
 
     def rule(func: Any, x: Dual, *args: Any, **kwargs: Any) -> Dual:
         stack = torch.empty_like(x.stacked)
-        stack[0] = func(x.stacked[0], *args, **kwargs)
+        func.overloadpacket(x.stacked[0], *args, **kwargs, out=stack[0])
         at = stack[0] if of_output else x.stacked[0]
         for k in range(1, stack.shape[0]):
-            stack[k] = backward(x.stacked[k], at, *args, **kwargs)
+            if kernel:
+                backward(x.stacked[k], at, *args, **kwargs, grad_input=stack[k])
+            else:
+                stack[k] = backward(x.stacked[k], at, *args, **kwargs)
         return Dual(stack)
 
     return rule

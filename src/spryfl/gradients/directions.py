@@ -8,7 +8,8 @@ are computed here from raw bits.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 from spryfl.gradients.kinds import Distribution
 from spryfl.gradients.tangents import Draw, Groups
 
+EVERYONE = 2**32 - 1
+
 
 @dataclass(frozen=True)
 class DirectionStream:
@@ -26,9 +29,9 @@ class DirectionStream:
     Attributes:
         seed: the run's seed.
         round: the round, from 1.
-        client: the client's partition id.
+        client: the client's partition id; EVERYONE for directions that all clients of a round share.
         distribution: all have mean 0 and covariance I, so E[(g . v) v] = g.
-        groups, shrinkage: see `Draw`.
+        groups, shrinkage, num_candidates, known: see `Draw`.
     """
 
     seed: int
@@ -37,6 +40,8 @@ class DirectionStream:
     distribution: Distribution = "gaussian"
     groups: Groups | None = None
     shrinkage: bool = False
+    num_candidates: int = 1
+    known: Mapping[str, Tensor] = field(default_factory=dict)
 
     def draw(self, step: int, k: int, parameter: str, shape: torch.Size) -> Tensor:
         """Return the numbers of direction k of local step `step` for a parameter: float32, on the CPU.
@@ -63,7 +68,7 @@ class DirectionStream:
     def at_step(self, step: int) -> Draw:
         """The directions of one local step, as estimators draw them."""
         numbers, words = partial(self.draw, step), partial(self.words, step)
-        return Draw(numbers, words, self.distribution, self.groups, self.shrinkage)
+        return Draw(numbers, words, self.distribution, self.groups, self.shrinkage, self.num_candidates, self.known)
 
 
 def _philox(seed: int, parameter: str, round: int, client: int, step: int, k: int) -> np.random.Philox:

@@ -9,10 +9,14 @@ K = d_u of them give the exact gradient, and more than d_u would say nothing new
 
 There are no antithetic pairs: a slope is linear in its tangent, so v and -v tell forward mode the same thing, and a
 central difference of the zeroth order is such a pair already.
+
+Independent directions can be chosen among candidates (FwdLLM's discriminative perturbation sampling, Xu et al. 2024,
+section 3.3): of C K drawn for a tensor, the K with the largest cosine with a known vector, the last global update.
+Where none is known, the first K are taken. The estimate is no longer unbiased: it leans towards the last update.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,6 +39,8 @@ class Draw:
         words: (k, parameter, count) -> that many random 64-bit words.
         groups: None makes all parameters one group. Parameters that a step leaves out are left out here too.
         shrinkage: scale each group's gradient by the multiple that leaves the least squared error.
+        num_candidates: C of each independent direction.
+        known: parameter -> the vector that candidates are compared with.
     """
 
     numbers: Callable[[int, str, torch.Size], Tensor]
@@ -42,6 +48,9 @@ class Draw:
     distribution: Distribution = "gaussian"
     groups: Groups | None = None
     shrinkage: bool = False
+    num_candidates: int = 1
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+    _choices: dict[tuple[str, int], list[int]] = field(default_factory=dict)
 
     def __call__(self, k: int, parameter: str, shape: torch.Size) -> Tensor:
         """The step's independent numbers."""
@@ -69,8 +78,9 @@ class Draw:
         for group in self._groups(tuple(shapes)):
             own = {name: shapes[name] for name in group}
             if joint is None:
+                chosen = {name: self._chosen(name, shape, num_tangents) for name, shape in own.items()}
                 for k in range(num_tangents):
-                    yield {name: self.numbers(k, name, shape) for name, shape in own.items()}
+                    yield {name: self.numbers(chosen[name][k], name, shape) for name, shape in own.items()}
             else:
                 require_dimensions(self.distribution, num_tangents, _dimensions(own), group)
                 for row in joint(self, own, num_tangents):
@@ -98,6 +108,18 @@ class Draw:
             for name, values in direction.items():
                 gradients[name].add_(values, alpha=float(slopes[row]) / num_tangents * weight)
         return gradients
+
+    def _chosen(self, name: str, shape: torch.Size, num_tangents: int) -> Sequence[int]:
+        """Which of a tensor's drawn directions are used: K different ones, the nearest to what is known first."""
+        known = self.known.get(name)
+        if self.num_candidates == 1 or known is None:
+            return range(num_tangents)
+        if (name, num_tangents) not in self._choices:
+            # One at a time, so that no more than a candidate stands; the cosine's other factor is the same for all.
+            candidates = (self.numbers(k, name, shape) for k in range(self.num_candidates * num_tangents))
+            nearness = torch.stack([torch.dot(v.flatten(), known.flatten()) / v.norm() for v in candidates])
+            self._choices[name, num_tangents] = nearness.argsort(descending=True, stable=True)[:num_tangents].tolist()
+        return self._choices[name, num_tangents]
 
     def _groups(self, parameters: Sequence[str]) -> Groups:
         if self.groups is None:

@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, TinyLoraConfig, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, TinyLoraConfig, VeraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,14 +19,25 @@ from torch import Tensor, nn
 from spryfl.config import AdapterConfig, TaskKind
 from spryfl.errors import ModelError
 from spryfl.models.classes import MODEL_CLASSES
+from spryfl.models.layers import transformer_layers
 from spryfl.models.singular import own_values, singular_factors, use_every_entry
 
 # Query and value projections by model family, as module-name suffixes; the first present pair is taken.
-QUERY_VALUE: tuple[tuple[str, str], ...] = (
+QUERY_VALUE: tuple[tuple[str, ...], ...] = (
     ("query", "value"),  # BERT, RoBERTa, ALBERT
     ("q_lin", "v_lin"),  # DistilBERT
     ("q_proj", "v_proj"),  # Llama, OPT, Mistral, Qwen, Gemma
 )
+# Key and value projections, and the feed-forward's second map: it is given what IA3 scales.
+KEY_VALUE_MIDDLE: tuple[tuple[str, ...], ...] = (
+    ("key", "value", "ffn_output"),  # ALBERT
+    ("key", "value", "output.dense"),  # BERT, RoBERTa
+    ("k_lin", "v_lin", "lin2"),  # DistilBERT
+    ("k_proj", "v_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma
+    ("k_proj", "v_proj", "fc2"),  # OPT
+)
+SECOND_MAPS = tuple(names[-1] for names in KEY_VALUE_MIDDLE)
+ATTENTION_OUTPUT = "attention.output.dense"  # BERT's, which ends as the feed-forward's second map does
 NAME = "default"  # PEFT's name of a model's only adapter
 
 
@@ -41,6 +52,48 @@ def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], ta
         modules_to_save=list(head),
         task_type=task,
     )
+
+
+def _dora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
+    """DoRA (Liu et al. 2024): m V x / |V|, V = W + (alpha / r) B A; m (out), A and B trained, |V| of each row.
+
+    As in its section 4.3, |V| counts as constant in gradients and tangents.
+    """
+    dora = _lora(config, targets, head, task)
+    dora.use_dora = True
+    return dora
+
+
+def _ia3(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
+    """IA3 (Liu et al. 2022): l * W x of keys and values, and W (l * x) of the feed-forward's second map; l trained."""
+    second = [name for name in targets if name.endswith(SECOND_MAPS) and not name.endswith(ATTENTION_OUTPUT)]
+    ambiguous = any(ATTENTION_OUTPUT.endswith(f".{name}") for name in second)
+    return IA3Config(
+        target_modules=list(targets),
+        feedforward_modules=second,
+        exclude_modules=[ATTENTION_OUTPUT] if ambiguous else None,
+        modules_to_save=list(head),
+        task_type=task,
+    )
+
+
+def _bitfit(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
+    """BitFit (Ben Zaken et al. 2022): W x + b, b trained. PEFT has none, but its LoRA saves biases and reopens them."""
+    return LoraConfig(r=1, bias="all", target_modules=list(targets), modules_to_save=list(head), task_type=task)
+
+
+def _train_biases(model: PeftModel, config: AdapterConfig) -> None:
+    """Train the biases of the layers' modules, or of the target modules alone; LoRA stays where it changes nothing."""
+    inside = {parameter for layer in transformer_layers(model) for parameter in layer.parameters()}
+    wanted = tuple(f".{name}" for name in config.target_modules or ())
+    for name, parameter in model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        if ".modules_to_save." in name:
+            continue
+        chosen = not wanted or path.removesuffix(".base_layer").endswith(wanted)
+        parameter.requires_grad_(attribute == "bias" and parameter in inside and chosen)
+    if not any(parameter.requires_grad for parameter in inside):
+        raise ModelError("adapter.kind = 'bitfit': the layers to train have no biases; choose another kind: 'ia3'")
 
 
 def _freeze_factor(model: PeftModel, config: AdapterConfig) -> None:
@@ -118,19 +171,24 @@ class Adapter:
         configure: (settings, target modules, head modules, PEFT's task) -> PEFT's configuration. May draw from the
             global generator, which is seeded while a model is loaded.
         finish: what PEFT leaves to do once its layers are in place.
-        decomposes: whether factors come from the weights' singular vectors, so that weights must be in memory.
+        weights: what it needs the adapted weights to be: "resident", not streamed, or "dense", not packed either.
+        default_targets: names of modules by model family; the first that are all present are adapted.
     """
 
     configure: Callable[[AdapterConfig, Sequence[str], Sequence[str], TaskType], PeftConfig]
     finish: Callable[[PeftModel, AdapterConfig], None] = lambda model, config: None
-    decomposes: bool = False
+    weights: Literal["any", "resident", "dense"] = "any"
+    default_targets: Sequence[tuple[str, ...]] = QUERY_VALUE
 
 
 ADAPTERS: dict[str, Adapter] = {
     "lora": Adapter(_lora, _freeze_factor),
-    "lora_xs": Adapter(_tinylora, _finish_xs, decomposes=True),
+    "dora": Adapter(_dora, _freeze_factor, weights="dense"),
+    "lora_xs": Adapter(_tinylora, _finish_xs, weights="dense"),
     "vera": Adapter(_vera),
-    "tinylora": Adapter(_tinylora, _finish_tinylora, decomposes=True),
+    "tinylora": Adapter(_tinylora, _finish_tinylora, weights="dense"),
+    "ia3": Adapter(_ia3, default_targets=KEY_VALUE_MIDDLE),
+    "bitfit": Adapter(_bitfit, _train_biases, weights="resident"),
     "head": Adapter(_lora, _freeze_all),
 }
 
@@ -150,7 +208,7 @@ def adapt(base: nn.Module, config: AdapterConfig, head: Sequence[str], task: Tas
     kind, targets = ADAPTERS[config.kind], target_modules(config, base)
     peft_config = kind.configure(config, targets, head, MODEL_CLASSES[task].peft)
     factors: AbstractContextManager[Any] = nullcontext()
-    if kind.decomposes:
+    if kind.weights == "dense":
         _require_dense(config, base, targets)
         factors = singular_factors(balanced=config.kind == "tinylora")
     with factors:
@@ -168,10 +226,10 @@ def add_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
 
 
 def require_weights(config: AdapterConfig, *, streamed: bool) -> None:
-    """Raise ModelError if an adapter is made from weights that stay on disk."""
-    if streamed and ADAPTERS[config.kind].decomposes:
+    """Raise ModelError if an adapter is made from weights that stay on disk, or trains them."""
+    if streamed and ADAPTERS[config.kind].weights != "any":
         raise ModelError(
-            f"adapter.kind = '{config.kind}' takes its factors from the layers' weights, which model.streamed leaves "
+            f"adapter.kind = '{config.kind}' is made of the layers' own weights, which model.streamed leaves "
             "on disk: leave model.streamed out, or use kind = 'lora' with frozen = 'a' or 'b'"
         )
 
@@ -180,7 +238,7 @@ def _require_dense(config: AdapterConfig, base: nn.Module, targets: Sequence[str
     adapted = [module for path, module in base.named_modules() if path.endswith(tuple(targets))]
     if not all(module.weight.is_floating_point() for module in adapted if isinstance(module, nn.Linear)):
         raise ModelError(
-            f"adapter.kind = '{config.kind}': PEFT cannot take factors from packed weights: leave model.quantization "
+            f"adapter.kind = '{config.kind}': it is not made from packed weights: leave model.quantization "
             "out and name a model in full precision, or use kind = 'vera', or 'lora' with frozen = 'a' or 'b'"
         )
 
@@ -213,15 +271,20 @@ def _own_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def target_modules(config: AdapterConfig, model: nn.Module) -> tuple[str, ...]:
-    """The modules to adapt: those asked for, or the model's query and value projections."""
-    suffixes = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    """The modules to adapt: those asked for, or the first known ones of the adapter's kind that the model has."""
+    paths = [f".{path}" for path, _ in model.named_modules()]
+
+    def missing(names: Sequence[str]) -> list[str]:
+        return [name for name in names if not any(path.endswith(f".{name}") for path in paths)]
+
     if config.target_modules is not None:
-        missing = [name for name in config.target_modules if name.rpartition(".")[2] not in suffixes]
-        if missing:
+        if unknown := missing(config.target_modules):
             linear = sorted({p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear)})
-            raise ModelError(f"adapter.target_modules: no module named {missing} here. Linear ones: {linear}")
+            raise ModelError(f"adapter.target_modules: no module named {unknown} here. Linear ones: {linear}")
         return config.target_modules
-    for pair in QUERY_VALUE:
-        if suffixes.issuperset(pair):
-            return pair
-    raise ModelError("adapter.target_modules: no query and value projections known for this model; name them")
+    for names in ADAPTERS[config.kind].default_targets:
+        if not missing(names):
+            return names
+    raise ModelError(
+        f"adapter.target_modules: none are known by default for this model and kind = '{config.kind}'; name them"
+    )

@@ -7,8 +7,11 @@ from typing import Any
 from spryfl.errors import SpryError
 from spryfl.federated.client import Client
 from spryfl.federated.fitting import PassSettings
-from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
+from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.memory.meter import ActivationMeter
+
+FAILURES = (SpryError, RuntimeError, ValueError, ArithmeticError)
+"""What a client may raise without ending the run."""
 
 
 class InProcessRuntime:
@@ -39,8 +42,17 @@ class InProcessRuntime:
             self._before_client()
             try:
                 yield self._perform(task)
-            except (SpryError, RuntimeError, ValueError, ArithmeticError) as error:
-                yield ClientFailure(task.client, " ".join(str(error).split())[:500])
+            except FAILURES as error:
+                yield _failure(task.client, error)
+
+    def evaluate(self, tasks: Sequence[EvaluationTask]) -> Iterator[ClientEvaluation | ClientFailure]:
+        """See `Runtime.evaluate`. A client that raises is a failure; the others go on."""
+        for task in tasks:
+            self._before_client()
+            try:
+                yield self._client(task.client).evaluate(task)
+            except FAILURES as error:
+                yield _failure(task.client, error)
 
     def _perform(self, task: ClientTask) -> ClientUpdate:
         client = self._client(task.client)
@@ -51,3 +63,7 @@ class InProcessRuntime:
         with ActivationMeter() as meter:
             update = client.update(task)
         return replace(update, peak_activation_bytes=meter.peak_bytes)
+
+
+def _failure(client: int, error: Exception) -> ClientFailure:
+    return ClientFailure(client, " ".join(str(error).split())[:500])

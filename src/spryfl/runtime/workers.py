@@ -12,10 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
+from typing import Any
 
 import torch
 
-from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
+from spryfl.federated.messages import (
+    ClientEvaluation,
+    ClientFailure,
+    ClientTask,
+    ClientUpdate,
+    EvaluationTask,
+    Runtime,
+)
 
 _local: Runtime | None = None
 """The runtime of this worker process, made once when it starts."""
@@ -45,11 +53,18 @@ class WorkerRuntime:
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """See `Runtime.run`. A worker that dies fails its tasks; the next round starts new ones."""
+        return self._each(_perform, tasks)
+
+    def evaluate(self, tasks: Sequence[EvaluationTask]) -> Iterator[ClientEvaluation | ClientFailure]:
+        """See `Runtime.evaluate`."""
+        return self._each(_evaluate, tasks)
+
+    def _each(self, work: Callable[[Any], Any], tasks: Sequence[ClientTask | EvaluationTask]) -> Iterator[Any]:
         pool = self._pool = self._pool or self._start()
-        futures = {pool.submit(_perform, task): task for task in tasks}
+        futures = {pool.submit(work, task): task for task in tasks}
         for future in as_completed(futures):
             self._before_client()
-            yield self._answer(future, futures[future])
+            yield self._answer(future, futures[future].client)
 
     def close(self) -> None:
         """Stop the workers; tasks not begun are dropped."""
@@ -65,12 +80,12 @@ class WorkerRuntime:
             initargs=(self._make_local, self._num_threads),
         )
 
-    def _answer(self, future: "Future[ClientUpdate | ClientFailure]", task: ClientTask) -> ClientUpdate | ClientFailure:
+    def _answer(self, future: "Future[Any]", client: int) -> Any:
         try:
             return future.result()
         except BrokenProcessPool:
             self._pool = None
-            return ClientFailure(task.client, "its worker process died (out of memory?)")
+            return ClientFailure(client, "its worker process died (out of memory?)")
 
 
 def _start_worker(make_local: Callable[[], Runtime], num_threads: int | None) -> None:
@@ -85,6 +100,11 @@ def _start_worker(make_local: Callable[[], Runtime], num_threads: int | None) ->
 def _perform(task: ClientTask) -> ClientUpdate | ClientFailure:
     assert _local is not None
     return next(iter(_local.run([task])))
+
+
+def _evaluate(task: EvaluationTask) -> ClientEvaluation | ClientFailure:
+    assert _local is not None
+    return next(iter(_local.evaluate([task])))
 
 
 def _die_with_parent() -> None:

@@ -129,12 +129,31 @@ def print_results(summaries: Sequence[Summary], directory: Path, console: Consol
         f"a round, {first.trainable_parameters:,} trainable parameters, seed {first.seed}",
         highlight=False,
     )
+    for summary in summaries:
+        for text in _held_out_lines(summary):
+            console.print(text, highlight=False, soft_wrap=True)
     if first.unheld_units:
         names = ", ".join(first.unheld_units)
         console.print(f"Untrained, as no client has the memory: {names}", highlight=False, soft_wrap=True)
     console.print(
         f"Run directory: {directory} (adapter/, events.jsonl, summary.json, plots)", highlight=False, soft_wrap=True
     )
+
+
+def _held_out_lines(summary: Summary) -> list[str]:
+    """What clients' own evaluations came to, if there were any."""
+    lines = []
+    for name, own in summary.held_out.items():
+        score = getattr(summary, name)
+        if score is not None:
+            lines.append(
+                f"{summary.label}: {name} {summary.metric} {score:.3f} on {own['num_examples']:,} held-out rows of "
+                f"{own['num_clients']:,} clients, whose own are {own['lowest']:.3f} to {own['highest']:.3f}, standard "
+                f"deviation {own['std']:.3f}"
+            )
+        if own["failures"]:
+            lines.append(f"{summary.label}: {name}: {len(own['failures'])} clients are missing, {own['failures'][0]}")
+    return lines
 
 
 def results_table(summaries: Sequence[Summary]) -> Table:

@@ -22,6 +22,10 @@ class RoundEvent:
             chunk_bytes, and of a chosen estimator its name, settings and the reason (`PassSettings`).
         guess_cosine: mean cosine of guessed and true gradients on public text, where the server measured it.
         maps_fitted: whether it fitted the backward maps anew before this round's end.
+        num_left_out: updates left out as their gradients vary too much; num_pooled: those that wait for more, so far.
+        central_test, generalized, personalized: the main metric on the test split, of the global model on clients'
+            held-out rows, and there after each client's local training; None where not evaluated.
+        held_out: of the latter two all figures, their spread over clients included (`ClientsEvaluation`).
     """
 
     round: int
@@ -43,7 +47,13 @@ class RoundEvent:
     client_cpu_seconds: float = 0.0
     guess_cosine: float | None = None
     maps_fitted: bool = False
+    num_left_out: int = 0
+    num_pooled: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    central_test: float | None = None
+    generalized: float | None = None
+    personalized: float | None = None
+    held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def score(self) -> float | None:
@@ -67,6 +77,7 @@ class Summary:
         metric: the task's main one; accuracy where there is no other. score, score_before: its values at the end and
             before training; accuracy, accuracy_before: None where the task has none.
         metrics: all of them at the end.
+        central_test, generalized, personalized, held_out: as in the last round's event; central_test is the score.
         unheld_units: those that no client has the memory for; they stay as they were.
         num_map_fits: how often backward maps were fitted anew.
         client_memory: bytes, dealt to clients in turn; none where memory is no matter.
@@ -108,6 +119,10 @@ class Summary:
     score_before: float | None = None
     score: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    central_test: float | None = None
+    generalized: float | None = None
+    personalized: float | None = None
+    held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)

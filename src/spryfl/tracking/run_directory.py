@@ -6,7 +6,8 @@ checkpoint.safetensors  the state after the last round
 estimator-choice.json   what the choice of clients' estimators rests on, where they are chosen
 adapter/                the trained adapter and head, in PEFT's format
 summary.json            once the run is done
-*.png                   plots
+progress.png            the main metric and the loss over rounds; comparison.png: of several runs
+partition.png           which labels each client holds, and how many rows
 compare/NAME/           the same, for each compared run
 """
 
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from spryfl.errors import RunDirectoryError
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.rounds import FederatedState
 from spryfl.tracking.events import RoundEvent, Summary
+
+STATE_PARTS = tuple(part.name for part in fields(FederatedState) if part.name != "round")
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,11 @@ class RunDirectory:
         return kept
 
     def write_checkpoint(self, state: FederatedState) -> None:
-        tensors = {f"values/{name}": tensor.contiguous() for name, tensor in state.values.items()}
-        tensors |= {f"moments/{name}": tensor.contiguous() for name, tensor in state.moments.items()}
-        tensors |= {f"maps/{name}": tensor.contiguous() for name, tensor in state.maps.items()}
+        tensors = {
+            f"{part}/{name}": tensor.contiguous()
+            for part in STATE_PARTS
+            for name, tensor in getattr(state, part).items()
+        }
         write_atomically(self.checkpoint_file, save(tensors, metadata={"round": str(state.round)}))
 
     def read_checkpoint(self) -> FederatedState | None:
@@ -111,11 +116,11 @@ class RunDirectory:
                 round = int(handle.metadata()["round"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunDirectoryError(f"{self.checkpoint_file}: not a checkpoint of ours, or damaged: {error}") from error
-        parts: dict[str, dict[str, Any]] = {"values": {}, "moments": {}, "maps": {}}
+        parts: dict[str, dict[str, Any]] = {part: {} for part in STATE_PARTS}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
-        return FederatedState(round, parts["values"], parts["moments"], parts["maps"])
+        return FederatedState(round, **parts)
 
     def write_calibration(self, calibration: Calibration) -> None:
         write_atomically(self.choice_file, (json.dumps(asdict(calibration), indent=2) + "\n").encode())

@@ -5,7 +5,8 @@ from pathlib import Path
 from spryfl.errors import SpryError
 from spryfl.tracking.events import RoundEvent, Summary
 
-SCALARS = ("loss", "test_loss", "bytes_up", "bytes_down", "seconds", "peak_activation_bytes")
+OF_EVALUATIONS = ("test_loss", "generalized", "personalized")
+SCALARS = ("loss", *OF_EVALUATIONS, "bytes_up", "bytes_down", "seconds", "peak_activation_bytes")
 
 
 class TensorBoardObserver:

@@ -1,0 +1,41 @@
+"""Which evaluations of clients are due in a run, and having them done where its clients run."""
+
+from collections.abc import Mapping
+
+from spryfl.config import EvaluationConfig
+from spryfl.federated.evaluation import (
+    ClientsEvaluation,
+    evaluate_generalized,
+    evaluate_personalized,
+    sample_evaluated,
+)
+from spryfl.federated.messages import Runtime
+from spryfl.federated.rounds import FederatedState, Federation
+from spryfl.workbench import Workbench
+
+
+def evaluate_clients(
+    bench: Workbench, state: FederatedState, federation: Federation, runtime: Runtime, metrics: Mapping[str, float]
+) -> dict[str, ClientsEvaluation]:
+    """The evaluations of clients that are due in a round whose test split is evaluated, by name.
+
+    Args:
+        state: after the round.
+        federation: the run's, with what its choice of estimators rests on.
+        metrics: of the test split, the task's main one first.
+    """
+    config, metric = bench.config.evaluation, next(iter(metrics))
+    last = state.round == bench.config.server.num_rounds
+    holders = [client for client, rows in enumerate(bench.held_out) if len(rows)]
+    clients = sample_evaluated(holders, config.max_clients, bench.config.seed)
+    found = {}
+    if _is_due(config, "generalized", last):
+        found["generalized"] = evaluate_generalized(state, clients, runtime, metric)
+    if _is_due(config, "personalized", last):
+        found["personalized"] = evaluate_personalized(state, federation, clients, runtime, metric)
+    return found
+
+
+def _is_due(config: EvaluationConfig, kind: str, last: bool) -> bool:
+    when = getattr(config, kind)
+    return config.held_out > 0 and (when == "every" or (when == "end" and last))
