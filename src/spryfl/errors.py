@@ -32,6 +32,10 @@ class UpdateRefusedError(SpryError):
     """A client update failed validation: it is counted and named, and the round goes on."""
 
 
+class DeadlineError(SpryError):
+    """A client did not finish a task in the time it was given."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.5)

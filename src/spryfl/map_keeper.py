@@ -55,7 +55,7 @@ class MapKeeper:
 
     @classmethod
     def of(cls, bench: Workbench) -> "MapKeeper":
-        return cls(bench.config, bench.adapted, bench.task, bench.encode, bench.num_labels)
+        return cls(bench.config, bench.adapted, bench.task, bench.encode, len(bench.label_names))
 
     def start(self, state: FederatedState) -> FederatedState:
         """The state with maps, if it has none yet and the run needs them."""

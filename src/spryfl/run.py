@@ -4,8 +4,9 @@ Everything with a side effect is put together here; what it calls is pure or one
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from spryfl.config import RunConfig
 from spryfl.data.task import Evaluation
-from spryfl.errors import RunDirectoryError
+from spryfl.errors import ConfigError, RunDirectoryError
 from spryfl.evaluation import evaluate_clients
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.evaluation import ClientsEvaluation
@@ -30,8 +31,17 @@ from spryfl.tracking.events import Observer, RoundEvent, Summary
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
+Connect = Callable[[Workbench, Callable[[], None]], AbstractContextManager[Runtime]]
+"""(workbench, called where a run may stop) -> where the run's clients run."""
 
-def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer], label: str) -> Summary:
+
+def run(
+    config: RunConfig,
+    directory: RunDirectory,
+    observers: Sequence[Observer],
+    label: str,
+    connect: Connect | None = None,
+) -> Summary:
     """Perform a run, or go on with it from its last checkpoint; a finished one is only read.
 
     Args:
@@ -39,6 +49,7 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
         directory: exists; holds the configuration.
         observers: told of every round.
         label: names the run in displays and tables.
+        connect: where clients run; on this machine by default.
     """
     finished = directory.read_summary()
     if finished is not None:
@@ -53,7 +64,12 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
     plot_partition(bench.label_counts, directory.path)
-    with _runtime(bench, observers) as runtime:
+
+    def before_client() -> None:
+        for observer in observers:
+            observer.before_client()
+
+    with (connect or on_this_machine)(bench, before_client) as runtime:
         if not events:
             event = _before_training(bench, state)
             event = _with_clients(event, evaluate_clients(bench, state, federation, runtime, event.metrics))
@@ -67,7 +83,8 @@ def run(config: RunConfig, directory: RunDirectory, observers: Sequence[Observer
             evaluated = bench.evaluate(state.values) if due else None
             own = {} if evaluated is None else evaluate_clients(bench, state, federation, runtime, evaluated.metrics)
             event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
-            event = _with_clients(replace(event, guess_cosine=cosine, maps_fitted=fitted), own)
+            event = replace(event, guess_cosine=cosine, maps_fitted=fitted, **_spent(bench, state.round))
+            event = _with_clients(event, own)
             events.append(_announce(event, directory, observers))
             directory.write_checkpoint(state)
     directory.write_adapter(lambda folder: bench.save_adapter(state.values, folder))
@@ -117,13 +134,13 @@ def _federation(bench: Workbench, keeper: MapKeeper, state: FederatedState, dire
 
 
 @contextmanager
-def _runtime(bench: Workbench, observers: Sequence[Observer]) -> Iterator[Runtime]:
-    """Where the run's clients run; observers are asked before each client whether to go on."""
-
-    def before_client() -> None:
-        for observer in observers:
-            observer.before_client()
-
+def on_this_machine(bench: Workbench, before_client: Callable[[], None]) -> Iterator[Runtime]:
+    """Clients in this process, or in several of this machine."""
+    if bench.config.partition.kind == "own":
+        raise ConfigError(
+            "partition.kind = 'own': clients that bring their own data are other machines': run it over Flower (spry "
+            "init --flower DIR), or choose 'dirichlet', 'iid' or 'column'"
+        )
     settings = bench.config.runtime
     if settings.num_workers == 1:
         yield InProcessRuntime(bench.client, bench.batch_tokens, before_client)
@@ -147,6 +164,12 @@ def _announce(event: RoundEvent, directory: RunDirectory, observers: Sequence[Ob
     for observer in observers:
         observer.round_finished(event)
     return event
+
+
+def _spent(bench: Workbench, round: int) -> dict[str, Any]:
+    """Epsilon and delta after a round, where there is privacy."""
+    accountant = bench.accountant
+    return {} if accountant is None else {"epsilon": accountant.epsilon(round), "delta": accountant.delta}
 
 
 def _before_training(bench: Workbench, state: FederatedState) -> RoundEvent:
@@ -201,8 +224,11 @@ def _round_event(
         client_cpu_seconds=report.client_cpu_seconds,
         peak_activation_bytes=max(report.peak_activation_bytes, previous.peak_activation_bytes),
         num_updates=report.num_updates,
+        clients=report.clients,
         failures=tuple(f"{f.client}: {f.reason}" for f in report.failures),
         refused=tuple(f"{f.client}: {f.reason}" for f in report.refused),
+        late=tuple(f"{f.client}: {f.reason}" for f in report.late),
+        failure_kinds=dict(Counter(f.kind for f in (*report.failures, *report.refused))),
         untrained=report.untrained,
         unheld=report.unheld,
         settings=tuple({"client": client} | own.as_row() for client, own in sorted(report.settings.items())),
@@ -244,7 +270,10 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         generalized=last.generalized,
         personalized=last.personalized,
         held_out=last.held_out,
-        loss=_known(last.loss),
+        privacy=config.privacy.level,
+        epsilon=last.epsilon,
+        delta=last.delta,
+        loss=last.loss,
         test_loss=_known(last.test_loss),
         trainable_parameters=bench.adapted.num_trainable,
         bytes_up_per_client_round=sum(event.bytes_up for event in rounds) / client_rounds,
@@ -258,6 +287,7 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         num_map_fits=sum(event.maps_fitted for event in events),
         num_failures=sum(len(event.failures) for event in rounds),
         num_refused=sum(len(event.refused) for event in rounds),
+        num_late=sum(len(event.late) for event in rounds),
         run_directory=str(directory.path),
     )
 

@@ -15,12 +15,14 @@ from spryfl.client_choice import ClientChoice, client_choice
 from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
-from spryfl.data.loading import LabelledRows, load_rows
+from spryfl.data.loading import LabelledRows, load_own_rows, load_rows
 from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
 from spryfl.data.task import Evaluation, Task
 from spryfl.errors import ConfigError, DataError, nearest
+from spryfl.federated.accounting import Accountant
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
+from spryfl.federated.privacy import ClientPrivacy
 from spryfl.federated.rounds import FederatedState, Federation
 from spryfl.federated.server_optimizer import ServerUpdate, default_learning_rate
 from spryfl.forward_mode.support import require_support
@@ -30,12 +32,14 @@ from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.forward import ForwardGradient
 from spryfl.gradients.guided import GuidedGradient
+from spryfl.gradients.private import PrivateSlopes
 from spryfl.gradients.tangents import require_dimensions, tangent_groups
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.adapters import dropout_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel, load_model
 from spryfl.models.units import HEAD, parameters_of
+from spryfl.safeguards import accountant_of, require_majorities
 from spryfl.tasks import TASKS, Encode
 
 ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
@@ -95,7 +99,7 @@ class Workbench:
     Attributes:
         encode: tokenizes rows for the task; train and test are encoded already.
         partition: the rows of train that each client trains on.
-        num_labels: classes.
+        label_names: one a class.
         held_out: the rows of train that each client is evaluated on.
     """
 
@@ -106,14 +110,41 @@ class Workbench:
     train: Examples
     test: Examples
     partition: Partition
-    num_labels: int
+    label_names: tuple[str, ...]
     held_out: Partition
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "Workbench":
         """Load everything a run needs; every problem with data or model shows here, before any work."""
         rows = load_rows(config.data, config.seed)
-        partition, held_out = _partition(config, rows)
+        bench = cls._of_rows(config, rows, *_partition(config, rows))
+        bench._require_budget()
+        bench._require_dimensions()
+        require_majorities(config, bench.federation)
+        bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
+        return bench
+
+    @classmethod
+    def of_client(cls, config: RunConfig, client: int, data: str | None, label_names: Sequence[str]) -> "Workbench":
+        """Load what one client needs, and no other's rows; there is nothing to evaluate on.
+
+        Args:
+            data: a file or folder with the client's own data; None: its part of the run's data.
+            label_names: the server's, one a class.
+        """
+        if data is not None:
+            rows = load_own_rows(config.data.model_copy(update={"name": data, "subset": None}), label_names)
+            part = np.arange(len(rows.train))
+        else:
+            whole = load_rows(config.data, config.seed)
+            part = _partition(config, whole)[0][client]
+            rows = replace(whole, train=whole.train.select(part), test=whole.test.select([]))
+        nothing = np.arange(0)
+        own = [np.arange(len(part)) if c == client else nothing for c in range(client + 1)]
+        return cls._of_rows(config, rows, own, [nothing] * len(own))
+
+    @classmethod
+    def _of_rows(cls, config: RunConfig, rows: LabelledRows, partition: Partition, held_out: Partition) -> "Workbench":
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
         low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
@@ -121,12 +152,8 @@ class Workbench:
         if config.method.own_estimator in ("forward", "bottleneck", "guided", "auto"):
             require_support(adapted.model, config.model.name)
         task, encode = TASKS[config.task.kind](config, rows, adapted)
-        train, test = encode(rows.train), encode(rows.test)
-        bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels, held_out)
-        bench._require_budget()
-        bench._require_dimensions()
-        bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
-        return bench
+        test = encode(rows.test) if len(rows.test) else Examples([], np.empty(0, np.int64))
+        return cls(config, adapted, task, encode, encode(rows.train), test, partition, rows.label_names, held_out)
 
     def _require_budget(self) -> None:
         """Refuse a checkpointing budget that some client's batch exceeds with a single hidden state."""
@@ -159,6 +186,11 @@ class Workbench:
             dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
         for group in tangent_groups(method.tangents_per, [*chain(*dealt), *shared]):
             require_dimensions(method.distribution, method.own_num_tangents, size(group), group)
+
+    @cached_property
+    def accountant(self) -> Accountant | None:
+        """What tells how much privacy is spent; None where there is none."""
+        return accountant_of(self.config, self.federation)
 
     @cached_property
     def client_memory(self) -> ClientMemory | None:
@@ -208,6 +240,9 @@ class Workbench:
             sizes=tuple(map(len, self.partition)) if config.server.sampling == "size" else (),
             pacing=method.pacing,
             variance_threshold=config.method.own_variance_threshold or math.inf,
+            deadline_seconds=config.server.deadline_seconds,
+            quorum=config.server.quorum,
+            max_update_norm=config.server.max_update_norm,
             server=ServerUpdate(
                 kind=server,
                 learning_rate=config.server.learning_rate or default_learning_rate(server, method.pace),
@@ -215,6 +250,10 @@ class Workbench:
                 beta2=config.server.beta2,
                 tau=config.server.tau,
             ),
+            aggregation=config.server.aggregation,
+            trim=config.server.trim,
+            clip_norm=config.server.clip_norm,
+            privacy=ClientPrivacy(*config.privacy.strength) if config.privacy.level == "client" else None,
         )
 
     @cached_property
@@ -235,6 +274,7 @@ class Workbench:
             num_candidates=config.method.own_num_candidates,
             same_directions=METHODS[config.method.name].same_directions,
             tells_variance=METHODS[config.method.name].pacing == "leave_out",
+            tells_loss=config.privacy.level != "example",
         )
 
     @cached_property
@@ -278,6 +318,9 @@ class Workbench:
         if self.config.method.exact_head and name not in ("backprop", "guided"):
             head = {name for unit in self.adapted.units if unit.is_head for name in unit.parameters}
             estimator = ExactHead(estimator, layer_calls, frozenset(head))
+        if self.config.privacy.level == "example":
+            assert isinstance(estimator, ForwardGradient | ZerothOrder)  # the configuration allows no other
+            estimator = PrivateSlopes(estimator, *self.config.privacy.strength)
         return estimator
 
     def client(self, client: int) -> Client[Batch]:
@@ -301,9 +344,9 @@ class Workbench:
     @property
     def label_counts(self) -> np.ndarray:
         """(clients, labels) rows of each label that each client trains on or holds out; one column without classes."""
-        labels = self.train.labels if self.num_labels else np.zeros(len(self.train), dtype=np.int64)
+        labels = self.train.labels if self.label_names else np.zeros(len(self.train), dtype=np.int64)
         whole = [np.concatenate(parts) for parts in zip(self.partition, self.held_out, strict=True)]
-        return label_counts(whole, labels, max(self.num_labels, 1))
+        return label_counts(whole, labels, max(len(self.label_names), 1))
 
     def initial_state(self) -> FederatedState:
         names = parameters_of(self.adapted.units)

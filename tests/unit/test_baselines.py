@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spryfl.config import RunConfig, parse_config
 from spryfl.errors import ConfigError
-from spryfl.federated.aggregation import Contribution, weighted_mean
+from spryfl.federated.aggregation import Contribution, aggregate
 from spryfl.federated.client import Client, LocalTraining
 from spryfl.federated.messages import ClientTask
 from spryfl.federated.method import METHODS
@@ -148,7 +148,7 @@ def test_pooled_rounds_end_as_one_large_round(drawn: list[tuple[float, int]], cu
     assert nothing == {}
     change, left = pooled_mean(pool, second, 1e9)
     assert left == {}
-    assert torch.allclose(change["a"], weighted_mean(ours)["a"], atol=1e-5)
+    assert torch.allclose(change["a"], aggregate(ours)["a"], atol=1e-5)
 
 
 def rounds(bench: Workbench, number: int):

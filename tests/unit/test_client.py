@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from families import autograd_gradient, batch_loss, build, padded_batch, trainable
 from spryfl.config import AdapterConfig
+from spryfl.errors import DeadlineError
 from spryfl.federated.client import BatchLoss, Client, LocalTraining, read_values
 from spryfl.federated.messages import ClientTask
 from spryfl.federated.rounds import Federation, proposed_change
@@ -96,6 +97,18 @@ def test_an_update_leaves_the_model_as_it_was() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert set(update.tensors) == set(task.parameters)
     assert not torch.equal(update.tensors[task.parameters[0]], task.values[task.parameters[0]])
+
+
+def test_a_client_stops_itself_at_its_deadline() -> None:
+    """No step begins after it; the model is left as it was."""
+    model = build("bert")
+    before = read_values(model, trainable(model))
+    client = Client(model, Rows(), Backprop(), training())
+    assert client.update(task_for(model, deadline_seconds=60.0)).num_examples == 10
+    with pytest.raises(DeadlineError, match=r"stopped after \d steps: its deadline of 1e-09 s"):
+        client.update(task_for(model, deadline_seconds=1e-9))
+    after = read_values(model, trainable(model))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_every_row_is_seen_once_an_epoch_in_another_order() -> None:

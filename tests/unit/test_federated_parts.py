@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spryfl.federated.aggregation import Contribution, weighted_mean
+from spryfl.federated.aggregation import Contribution, aggregate
 from spryfl.federated.assignment import assign_all, assign_split, assign_units
 from spryfl.federated.sampling import Sampling, inclusion
 from spryfl.federated.server_optimizer import ServerUpdate
@@ -100,11 +100,11 @@ def test_weighted_mean_over_those_that_trained() -> None:
         Contribution(4, {"a": torch.tensor([2.0]), "b": torch.tensor([1.0])}, 3),
         Contribution(2, {"a": torch.tensor([6.0])}, 1),
     ]
-    mean = weighted_mean(ours)
+    mean = aggregate(ours)
     assert mean["a"].tolist() == [3.0]  # (3 * 2 + 1 * 6) / 4
     assert mean["b"].tolist() == [1.0]
     assert mean["a"].dtype == torch.float32
-    assert all(torch.equal(mean[n], weighted_mean(ours[::-1])[n]) for n in mean)  # order of arrival
+    assert all(torch.equal(mean[n], aggregate(ours[::-1])[n]) for n in mean)  # order of arrival
 
 
 VALUES = {"a": torch.tensor([1.0]), "b": torch.tensor([0.1])}

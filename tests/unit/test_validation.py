@@ -85,7 +85,8 @@ def test_malformed_updates_are_refused(case: int) -> None:
     assert report.num_updates == 1
     assert len(report.refused) == 1
     assert report.refused[0].reason
-    assert [f.reason for f in report.failures] == ["no battery"]
+    forged = report.refused[0].client == 99  # then client 1's own task stays without an answer
+    assert [(f.client, f.kind) for f in report.failures] == [(2, "raised"), *([(1, "lost")] if forged else [])]
     for name, value in VALUES.items():
         assert torch.equal(state.values[name], value + 1)  # the honest client's alone
 
@@ -145,3 +146,66 @@ def test_units_nobody_trained_stay_bitwise() -> None:
     assert report.untrained == ("high",)
     assert state.values["high.a"] is VALUES["high.a"]
     assert not torch.equal(state.values["low.a"], VALUES["low.a"])
+
+
+def test_an_update_beyond_the_norm_bound_is_refused() -> None:
+    """The honest change is 1 in each of 13 numbers: its norm is the root of 13."""
+
+    class Honest:
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+            yield from map(honest, tasks[:2])
+            large = honest(tasks[2])
+            yield replace(large, tensors={name: value * 100 for name, value in large.tensors.items()})
+
+    state, report = run_round(FederatedState(0, VALUES), federation(max_update_norm=3.61), Honest())
+    assert report.clients == (0, 1)
+    assert "norm" in report.refused[0].reason
+    assert torch.equal(state.values["high.a"], VALUES["high.a"] + 1)
+    with pytest.raises(SpryError, match=r"3.61, above server.max_update_norm = 3.6"):
+        run_round(FederatedState(0, VALUES), federation(max_update_norm=3.6), Honest())
+
+
+def test_late_updates_are_dropped_and_counted_and_silence_is_a_failure() -> None:
+    class Late:
+        """Client 0 sends last round's update, then this one's; client 1 last round's alone; client 2 nothing."""
+
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+            yield replace(honest(tasks[0]), round=1)
+            yield honest(tasks[0])
+            yield replace(honest(tasks[1]), round=1)
+
+    _, report = run_round(FederatedState(1, VALUES), federation(), Late())
+    assert report.clients == (0,)
+    assert [f.client for f in report.late] == [0, 1]
+    assert [(f.client, f.kind) for f in report.failures] == [(1, "lost"), (2, "lost")]
+
+
+def test_the_round_goes_on_with_a_quorum_and_not_below() -> None:
+    class First:
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+            yield honest(tasks[0])
+            yield from (ClientFailure(task.client, "too slow", "deadline") for task in tasks[1:])
+
+    _, report = run_round(FederatedState(0, VALUES), federation(quorum=1 / 3), First())
+    assert report.num_updates == 1
+    with pytest.raises(SpryError, match=r"1 of 3 clients .* asks for 2; client 1: too slow"):
+        run_round(FederatedState(0, VALUES), federation(quorum=0.5), First())
+
+
+def test_units_nobody_returned_go_first_next_round() -> None:
+    """Two units, three clients: the first unit dealt is trained twice. It is 'low', but for the round after 'high'."""
+    dealt: list[list[tuple[str, ...]]] = []
+
+    class Broken:
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+            dealt.append([task.units for task in tasks])
+            for task in tasks:
+                broken = task.round == 1 and task.units == ("high",)
+                yield ClientFailure(task.client, "gone") if broken else honest(task)
+
+    state = FederatedState(0, VALUES)
+    for _ in range(3):
+        state, _ = run_round(state, federation(assignment="split"), Broken())
+    low, high = ("low",), ("high",)
+    assert dealt == [[low, high, low], [high, low, high], [low, high, low]]
+    assert state.overdue == ()

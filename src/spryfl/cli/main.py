@@ -15,6 +15,7 @@ from spryfl.cli.list import list_
 from spryfl.cli.plan import plan
 from spryfl.cli.quantize import quantize
 from spryfl.cli.run import run
+from spryfl.cli.status import status
 from spryfl.errors import SpryError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("run")(run)
 app.command("compare")(compare)
 app.command("init")(init)
+app.command("status")(status)
 app.command("check")(check)
 app.command("plan")(plan)
 app.command("list")(list_)

@@ -57,7 +57,7 @@ class ResultRow:
     generalized: float | None
     personalized: float | None
     central_test: float | None
-    loss: float
+    loss: float | None
     client_seconds: float
     client_cpu_seconds: float
     seconds: float

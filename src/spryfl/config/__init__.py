@@ -7,6 +7,7 @@ every problem at once, each with its remedy.
 from spryfl.config.data import TASK_KINDS, DataConfig, PartitionConfig, TaskConfig, TaskKind
 from spryfl.config.method import GuideConfig, MethodConfig
 from spryfl.config.model import ADAPTER_KINDS, AdapterConfig, ModelConfig
+from spryfl.config.privacy import PrivacyConfig
 from spryfl.config.reading import compared_configs, load_config, load_suite, parse_config, with_overrides
 from spryfl.config.run import CompareConfig, RunConfig
 from spryfl.config.suite import DatasetEntry, MethodEntry, SearchConfig, SearchRange, SuiteConfig
@@ -27,6 +28,7 @@ __all__ = [
     "MethodEntry",
     "ModelConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "RunConfig",
     "RuntimeConfig",
     "SearchConfig",

@@ -70,8 +70,10 @@ class TaskConfig(Part):
 class PartitionConfig(Part):
     """How training examples are shared among clients."""
 
-    kind: Literal["dirichlet", "quantity", "iid", "column"] = Field(
-        "dirichlet", description="unequal labels, unequal sizes, neither, or one client for each value of a column"
+    kind: Literal["dirichlet", "quantity", "iid", "column", "own"] = Field(
+        "dirichlet",
+        description="unequal labels, unequal sizes, neither, one client for each value of a column; own: every client "
+        "brings its own data, over Flower",
     )
     num_clients: Positive = Field(100, description="kind column: the column decides")
     alpha: PositiveFloat = Field(

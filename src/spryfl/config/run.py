@@ -8,6 +8,7 @@ from spryfl.config.data import DataConfig, PartitionConfig, TaskConfig
 from spryfl.config.method import GuideConfig, MethodConfig
 from spryfl.config.model import AdapterConfig, ModelConfig
 from spryfl.config.part import Part
+from spryfl.config.privacy import NOT_OF_EXAMPLES, PrivacyConfig
 from spryfl.config.training import ClientsConfig, EvaluationConfig, LocalConfig, RuntimeConfig, ServerConfig
 from spryfl.errors import nearest
 from spryfl.federated.method import METHODS
@@ -35,6 +36,7 @@ class RunConfig(Part):
     guide: GuideConfig = GuideConfig()
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     clients: ClientsConfig = ClientsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -59,6 +61,61 @@ class RunConfig(Part):
         names = [entry.name for entry in self.compare]
         if len(set(names)) < len(names):
             raise ValueError(f"compare: names must differ, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_passes_privacy_by(self) -> "RunConfig":
+        if self.privacy.level == "none":
+            return self
+        if self.evaluation.held_out > 0:
+            raise ValueError("privacy: clients' evaluations travel without noise; leave evaluation.held_out out")
+        if self.server.sampling != "uniform":
+            raise ValueError("privacy: what is spent is known for uniform cohorts only; leave server.sampling out")
+        if self.privacy.level == "client" and METHODS[self.method.name].pacing != "none":
+            raise ValueError(
+                f"privacy.level = 'client': method '{self.method.name}' looks at updates before they are noised; take "
+                "another method, such as 'spry'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _examples_can_be_private(self) -> "RunConfig":
+        if self.privacy.level != "example":
+            return self
+        own = self.method.own_estimator
+        if own in NOT_OF_EXAMPLES:
+            raise ValueError(
+                f"privacy.level = 'example': noised slopes do not make estimator '{own}' private, as "
+                f"{NOT_OF_EXAMPLES[own]}; set method.estimator = 'forward' or 'zeroth_order', or level = 'client'"
+            )
+        if self.method.exact_head:
+            raise ValueError(
+                "privacy.level = 'example': method.exact_head sends a gradient without noise; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clients_can_be_private(self) -> "RunConfig":
+        if self.privacy.level != "client":
+            return self
+        wrong = "privacy.level = 'client': "
+        if self.server.aggregation != "mean":
+            raise ValueError(
+                f"{wrong}the noise is measured for a mean, not for server.aggregation = '{self.server.aggregation}'; "
+                "leave it out"
+            )
+        if self.server.clip_norm is not None:
+            raise ValueError(f"{wrong}privacy.clip bounds clients' changes already: leave server.clip_norm out")
+        if self.clients.memory or self.method.own_estimator == "auto":
+            raise ValueError(
+                f"{wrong}units are then dealt by place in a secret cohort, which clients.memory and method.estimator = "
+                "'auto' would change; leave them out"
+            )
+        if self.partition.kind != "column" and self.privacy.delta >= 1 / self.partition.num_clients:
+            raise ValueError(
+                f"{wrong}privacy.delta = {self.privacy.delta:g} would allow publishing one of "
+                f"{self.partition.num_clients} clients outright; set it well below {1 / self.partition.num_clients:g}"
+            )
         return self
 
     @model_validator(mode="after")

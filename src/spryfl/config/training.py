@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from spryfl.config.part import Part, Positive, PositiveFloat, Size
-from spryfl.federated.method import SamplingKind
+from spryfl.federated.method import Aggregation, SamplingKind
 
 
 class LocalConfig(Part):
@@ -33,6 +33,28 @@ class ServerConfig(Part):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
     tau: PositiveFloat = Field(1e-3, description="adaptivity: added to the denominator")
+    deadline_seconds: PositiveFloat | None = Field(
+        None, description="a client stops itself when its task takes longer; the round goes on without it"
+    )
+    quorum: float = Field(
+        0.0, ge=0, le=1, description="least share of a round's clients that must bring a usable update; one at least"
+    )
+    max_update_norm: PositiveFloat | None = Field(
+        None, description="an update that moves its parameters further (L2, all together) is refused"
+    )
+    aggregation: Aggregation = Field(
+        "mean", description="of a unit's clients; median and trimmed_mean, of each coordinate, bear a hostile minority"
+    )
+    trim: float = Field(0.1, gt=0, lt=0.5, description="trimmed_mean: share of values left out at each end, rounded up")
+    clip_norm: PositiveFloat | None = Field(
+        None, description="scale each client's change down to this L2 norm, over all its units together"
+    )
+
+    @model_validator(mode="after")
+    def _trim_belongs_to_trimmed_mean(self) -> "ServerConfig":
+        if self.aggregation != "trimmed_mean" and self.trim != type(self).model_fields["trim"].default:
+            raise ValueError(f"trim belongs to aggregation = 'trimmed_mean', not '{self.aggregation}': leave it out")
+        return self
 
 
 When = Literal["never", "end", "every"]

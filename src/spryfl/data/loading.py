@@ -1,6 +1,6 @@
 """A name -> train and test rows: built-in, local Parquet, CSV or JSONL, or a hub dataset."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +61,30 @@ def load_rows(config: DataConfig, seed: int) -> LabelledRows:
         train = _at_most(train, config.max_train_examples, seed)
         test = _at_most(test, config.max_test_examples, seed)
     return LabelledRows(train, test, len(names), names)
+
+
+def load_own_rows(config: DataConfig, label_names: Sequence[str]) -> LabelledRows:
+    """A client's own data, all of it to train on, with labels numbered as the server numbers them.
+
+    Raises:
+        DataError: missing files or columns, or a label the server does not know.
+    """
+    with quietly():
+        splits = load_splits(config)
+        if "train" not in splits:
+            raise DataError(f"data = '{config.name}': no split named train; it has {sorted(splits)}")
+        train = splits["train"]
+        _check_columns(train, [*config.text_columns, config.label_column], "train", config)
+    number = {name: index for index, name in enumerate(label_names)}
+    labels = [number.get(str(label), -1) for label in train[config.label_column][:]]
+    if -1 in labels:
+        row = labels.index(-1)
+        raise DataError(
+            f"data.label_column '{config.label_column}': row {row} has the label {train[config.label_column][row]!r}, "
+            f"which is none of the server's: {', '.join(label_names)}"
+        )
+    train = train.remove_columns(config.label_column).add_column(config.label_column, labels)
+    return LabelledRows(train, train.select([]), len(label_names), tuple(label_names))
 
 
 def load_splits(config: DataConfig) -> Mapping[str, Dataset]:

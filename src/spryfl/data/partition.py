@@ -28,7 +28,7 @@ def partition_rows(
         DataError: there are too few rows for every client to hold `min_examples`.
     """
     needed = config.num_clients * config.min_examples
-    if config.kind != "column" and needed > len(labels):
+    if config.kind not in ("column", "own") and needed > len(labels):
         raise DataError(
             f"partition: {config.num_clients} clients of at least {config.min_examples} examples need {needed} rows, "
             f"there are {len(labels)}: lower partition.num_clients or partition.min_examples"
@@ -115,14 +115,19 @@ def _by_column(
     """One client for each value of a column, in sorted order: a natural partition."""
     assert column is not None
     values = np.array([str(value) for value in column])
-    names, counts = np.unique(values, return_counts=True)
+    names, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     small = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < config.min_examples]
     if small:
         raise DataError(
             f"partition.column = '{config.column}': {len(small)} clients hold fewer than partition.min_examples = "
             f"{config.min_examples} rows, first {small[0]}: lower min_examples or drop those rows"
         )
-    return [np.flatnonzero(values == name) for name in names]
+    return np.split(np.argsort(places, kind="stable"), np.cumsum(counts)[:-1])
+
+
+def _own(config: PartitionConfig, labels: np.ndarray, column: object, generator: np.random.Generator) -> Partition:
+    """All rows of this machine: on a client's its own; on the server's its own, in place of any client's."""
+    return [np.arange(len(labels))] * config.num_clients
 
 
 PARTITIONS: dict[str, Callable[..., Partition]] = {
@@ -130,4 +135,5 @@ PARTITIONS: dict[str, Callable[..., Partition]] = {
     "quantity": _quantity,
     "iid": _iid,
     "column": _by_column,
+    "own": _own,
 }

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spryfl.errors import SpryError
+from spryfl.errors import DeadlineError, SpryError
 from spryfl.federated.local_optimizer import LocalOptimizer, LocalOptimizerName
 from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.federated.method import Pace
@@ -23,6 +23,7 @@ from spryfl.gradients.estimator import GradientEstimator, Loss
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.guided import GuidedGradient
 from spryfl.gradients.kinds import Distribution, TangentsPer
+from spryfl.gradients.private import PrivateSlopes
 
 BatchT = TypeVar("BatchT")
 
@@ -80,6 +81,7 @@ class LocalTraining:
     Attributes:
         num_candidates, same_directions: see `method.Method`.
         tells_variance: clients measure how much their steps' gradients vary (`federated.pacing`).
+        tells_loss: whether a client's mean training loss travels; where its examples are private it must not.
     """
 
     pace: Pace
@@ -96,6 +98,7 @@ class LocalTraining:
     num_candidates: int = 1
     same_directions: bool = False
     tells_variance: bool = False
+    tells_loss: bool = True
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps a round of a client with this many examples."""
@@ -140,6 +143,9 @@ class Client(Generic[BatchT]):
 
         Each step estimates the gradient of its batch's loss at the current values and steps the local
         optimizer (Spry, algorithm 1, ClientTrain).
+
+        Raises:
+            DeadlineError: a step would begin after the task's deadline.
         """
         started, cpu_started = time.perf_counter(), time.process_time()
         directions = self.training.directions(task)
@@ -149,6 +155,7 @@ class Client(Generic[BatchT]):
         estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes or self.training.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
             for step, rows in enumerate(self._batches(task)):
+                _require_time(task, time.perf_counter() - started, step)
                 estimate = estimator.estimate(
                     self.model,
                     self._loss(task, step, rows),
@@ -170,7 +177,7 @@ class Client(Generic[BatchT]):
             round=task.round,
             client=task.client,
             num_examples=num_seen // (self.training.epochs if self.training.pace == "epoch" else 1),
-            loss=sum(losses) / num_seen,
+            loss=sum(losses) / num_seen if self.training.tells_loss else None,
             tensors={"values": optimizer.values, "gradients": gradients, "slopes": {}}[task.upload],
             slopes=torch.stack(slopes) if task.upload == "slopes" else None,
             variance=halves.variance,
@@ -207,11 +214,7 @@ class Client(Generic[BatchT]):
             if settings.horizon is not None and settings.slopes is not None:
                 estimator = replace(estimator, horizon=settings.horizon, slopes_per=settings.slopes)
             return estimator.guided_by(task.maps, task.momentum)
-        if task.settings.num_tangents is None:
-            return estimator
-        if isinstance(estimator, ExactHead):
-            return replace(estimator, inner=_with_tangents(estimator.inner, task.settings.num_tangents))
-        return _with_tangents(estimator, task.settings.num_tangents)
+        return estimator if settings.num_tangents is None else _with_tangents(estimator, settings.num_tangents)
 
     def _batches(self, task: ClientTask) -> Iterator[np.ndarray]:
         """Row numbers of each local step's batch: shuffled anew each round and epoch, from the seed."""
@@ -237,8 +240,16 @@ class Client(Generic[BatchT]):
         return [] if device.type == "cpu" else [device]
 
 
-def _with_tangents(estimator: GradientEstimator, num_tangents: int) -> GradientEstimator:
-    return replace(estimator, num_tangents=num_tangents)  # type: ignore[type-var]
+def _require_time(task: ClientTask, seconds: float, step: int) -> None:
+    if task.deadline_seconds is not None and seconds > task.deadline_seconds:
+        raise DeadlineError(f"stopped after {step} steps: its deadline of {task.deadline_seconds:g} s is over")
+
+
+def _with_tangents(estimator: Any, num_tangents: int) -> GradientEstimator:
+    wraps = isinstance(estimator, ExactHead | PrivateSlopes)
+    own = {"inner": _with_tangents(estimator.inner, num_tangents)} if wraps else {"num_tangents": num_tangents}
+    changed: GradientEstimator = replace(estimator, **own)
+    return changed
 
 
 def _address(task: ClientTask, purpose: str) -> np.ndarray:

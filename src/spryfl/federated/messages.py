@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from spryfl.federated.failures import FailureKind
 from spryfl.federated.fitting import PassSettings
 from spryfl.federated.method import Upload
 from spryfl.gradients.tangents import Groups
@@ -31,6 +32,7 @@ class ClientTask:
         momentum: the server's, of its parameters, where tangents are taken along it.
         last_change: the last global update of its parameters, where directions are chosen by it.
         groups: parameters that share tangents (`method.tangents_per`); None: all of them.
+        deadline_seconds: from when the client begins; it stops itself then.
     """
 
     round: int
@@ -45,6 +47,7 @@ class ClientTask:
     momentum: dict[str, Tensor] = field(default_factory=dict)
     last_change: dict[str, Tensor] = field(default_factory=dict)
     groups: Groups | None = None
+    deadline_seconds: float | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -58,7 +61,7 @@ class ClientUpdate:
 
     Attributes:
         num_examples: trained on this round; its weight in the mean.
-        loss: mean training loss.
+        loss: mean training loss; None where examples are private (`LocalTraining.tells_loss`).
         tensors: trained values or gradients of the assigned parameters; empty for upload "slopes".
         slopes: (steps, K for each group) float32 for upload "slopes", else None.
         variance: of its steps' gradients, where methods ask for it (`federated.pacing`) and it took two steps at least.
@@ -70,7 +73,7 @@ class ClientUpdate:
     round: int
     client: int
     num_examples: int
-    loss: float
+    loss: float | None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     slopes: Tensor | None = None
     variance: float | None = None
@@ -91,6 +94,7 @@ class ClientFailure:
 
     client: int
     reason: str
+    kind: FailureKind = "raised"
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ class ClientEvaluation:
 class Runtime(Protocol):
     """Where clients run: tasks in; updates, evaluations and failures out, in any order.
 
-    An update may be malformed or hostile: the round loop validates it.
+    An update may be malformed, hostile, or late: the round loop validates it, and counts one of an earlier round as
+    late. A task that gets no answer at all counts as lost.
     """
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:

@@ -24,6 +24,7 @@ Pace = Literal["epoch", "iteration"]
 ServerOptimizer = Literal["sgd", "adagrad", "adam", "yogi"]
 Pacing = Literal["none", "pool", "leave_out"]
 SamplingKind = Literal["uniform", "size"]
+Aggregation = Literal["mean", "median", "trimmed_mean"]
 
 
 @dataclass(frozen=True)

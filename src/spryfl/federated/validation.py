@@ -4,18 +4,22 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from spryfl.errors import UpdateRefusedError
 from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
 
 
-def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape: tuple[int, int] | None) -> None:
+def validate_update(
+    update: ClientUpdate, task: ClientTask | None, slopes_shape: tuple[int, int] | None, *, tells_loss: bool = True
+) -> None:
     """Check an update against the task its sender was given.
 
     Args:
         update: from an untrusted client.
         task: what that client was asked for this round; None if nothing.
         slopes_shape: (steps, K for each group) expected for upload "slopes"; None for other uploads.
+        tells_loss: whether it must tell its training loss; if not, it must not.
 
     Raises:
         UpdateRefusedError: the first thing wrong, by name.
@@ -25,7 +29,10 @@ def validate_update(update: ClientUpdate, task: ClientTask | None, slopes_shape:
     if update.round != task.round:
         raise UpdateRefusedError(f"it is for round {update.round}, not {task.round}")
     _validate_count(update.num_examples)
-    if not isinstance(update.loss, float) or not math.isfinite(update.loss):
+    if not tells_loss:
+        if update.loss is not None:
+            raise UpdateRefusedError("it told its training loss, which is private in this run")
+    elif not isinstance(update.loss, float) or not math.isfinite(update.loss):
         raise UpdateRefusedError(f"its loss is {update.loss!r}")
     if update.variance is not None and not (isinstance(update.variance, float) and 0 <= update.variance < math.inf):
         raise UpdateRefusedError(f"its variance is {update.variance!r}, not a number from 0 up")
@@ -61,6 +68,23 @@ def validate_evaluation(evaluation: ClientEvaluation, task: EvaluationTask | Non
 def _validate_count(count: object) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UpdateRefusedError(f"num_examples is {count!r}, not a positive whole number")
+
+
+def require_norm(change: Mapping[str, Tensor], bound: float | None) -> None:
+    """Check how far an update would move its parameters.
+
+    Args:
+        change: what it proposes, by parameter: trained minus old values, or minus a gradient.
+        bound: on the L2 norm over all of them together; None for any.
+
+    Raises:
+        UpdateRefusedError: it would move them further, or its numbers overflow.
+    """
+    norm = math.sqrt(sum(float(delta.double().square().sum()) for delta in change.values()))
+    if not math.isfinite(norm):
+        raise UpdateRefusedError("its change has a value that is not finite")
+    if bound is not None and norm > bound:
+        raise UpdateRefusedError(f"its change has norm {norm:.3g}, above server.max_update_norm = {bound:g}")
 
 
 def _validate_tensors(update: ClientUpdate, task: ClientTask) -> None:

@@ -66,6 +66,15 @@ class GradientEstimator(Protocol):
         ...
 
 
+def sum_of_rows(parts: Tensor, leading: int = 0) -> Tensor:
+    """(.., rows): what a loss's parts, (.., rows) or (.., rows, tokens), come to for each row.
+
+    Args:
+        leading: dimensions before the rows.
+    """
+    return parts if parts.dim() == leading + 1 else parts.flatten(leading + 1).sum(-1)
+
+
 def gradient_from_slopes(slopes: Tensor, shapes: Mapping[str, torch.Size], draw: Draw) -> dict[str, Tensor]:
     """Rebuild a gradient from its slopes: g = (1/K) sum_k s_k v_k in each group of parameters.
 

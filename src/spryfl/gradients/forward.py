@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spryfl.forward_mode.dual import split
 from spryfl.forward_mode.inject import injected
-from spryfl.gradients.estimator import GradientEstimate, Loss, estimate_from_slopes
+from spryfl.gradients.estimator import GradientEstimate, Loss, SeparableLoss, estimate_from_slopes, sum_of_rows
 from spryfl.gradients.tangents import Draw
 
 
@@ -31,6 +31,17 @@ class ForwardGradient:
         shapes = {name: model.get_parameter(name).shape for name in parameters}
         value, slopes = loss_and_slopes(model, loss, draw.stacked(shapes, self.num_tangents))
         return estimate_from_slopes(model, slopes.tolist(), value, parameters, draw, num_examples)
+
+    def example_slopes(
+        self, model: nn.Module, loss: SeparableLoss, parameters: Sequence[str], draw: Draw
+    ) -> tuple[Tensor, Tensor]:
+        """See `ExampleSlopes.example_slopes`; one pass, as for the batch."""
+        tangents = draw.stacked({name: model.get_parameter(name).shape for name in parameters}, self.num_tangents)
+        with torch.no_grad(), injected(model, tangents):
+            parts, slopes = split(loss.parts(model))
+        if slopes is None:
+            slopes = parts.new_zeros((draw.num_slopes(parameters, self.num_tangents), *parts.shape))
+        return sum_of_rows(parts), sum_of_rows(slopes, 1)
 
 
 def loss_and_slopes(model: nn.Module, loss: Loss, tangents: Mapping[str, Tensor]) -> tuple[float, Tensor]:

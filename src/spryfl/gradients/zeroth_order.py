@@ -7,15 +7,18 @@ weighted 1/(2 h K).) Both evaluations run without dropout, as MeZO does: with tw
 difference would measure the masks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from spryfl.gradients.estimator import GradientEstimate, Loss, estimate_from_slopes
+from spryfl.gradients.estimator import GradientEstimate, Loss, SeparableLoss, estimate_from_slopes, sum_of_rows
 from spryfl.gradients.tangents import Draw
+
+Measured = TypeVar("Measured", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,23 @@ class ZerothOrder:
         self, model: nn.Module, loss: Loss, parameters: Sequence[str], draw: Draw, num_examples: int
     ) -> GradientEstimate:
         """See `GradientEstimator.estimate`."""
+        # Python's floats: a difference of float32 losses keeps few digits as it is.
+        losses, slopes = self._differences(model, lambda model: float(loss(model)), parameters, draw)
+        return estimate_from_slopes(model, slopes, sum(losses) / len(losses), parameters, draw, num_examples)
+
+    def example_slopes(
+        self, model: nn.Module, loss: SeparableLoss, parameters: Sequence[str], draw: Draw
+    ) -> tuple[Tensor, Tensor]:
+        """See `ExampleSlopes.example_slopes`; as many passes as for the batch."""
+        parts, slopes = self._differences(
+            model, lambda model: sum_of_rows(loss.parts(model)).double(), parameters, draw
+        )
+        return torch.stack(parts).mean(0), torch.stack(slopes)
+
+    def _differences(
+        self, model: nn.Module, loss: Callable[[nn.Module], Measured], parameters: Sequence[str], draw: Draw
+    ) -> tuple[list[Measured], list[Measured]]:
+        """Along each direction: the mean of the loss at both ends, and its central difference."""
         named = {name: model.get_parameter(name) for name in parameters}
         losses, slopes = [], []
         with torch.no_grad(), _dropout_off(model):
@@ -37,20 +57,23 @@ class ZerothOrder:
                 below = _loss_at(model, loss, named, direction, -self.step_size)
                 losses.append((above + below) / 2)
                 slopes.append((above - below) / (2 * self.step_size))
-        mean_loss = sum(losses) / len(losses)
-        return estimate_from_slopes(model, slopes, mean_loss, parameters, draw, num_examples)
+        return losses, slopes
 
 
 def _loss_at(
-    model: nn.Module, loss: Loss, named: Mapping[str, nn.Parameter], direction: Mapping[str, Tensor], step: float
-) -> float:
+    model: nn.Module,
+    loss: Callable[[nn.Module], Measured],
+    named: Mapping[str, nn.Parameter],
+    direction: Mapping[str, Tensor],
+    step: float,
+) -> Measured:
     """L(w + step v), the parameters restored bitwise afterwards."""
     moved = {name: named[name] for name in direction}
     saved = {name: p.detach().clone() for name, p in moved.items()}
     try:
         for name, parameter in moved.items():
             parameter.add_(direction[name].to(parameter.device, parameter.dtype), alpha=step)
-        return float(loss(model))
+        return loss(model)
     finally:
         for name, parameter in moved.items():
             parameter.copy_(saved[name])

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+FLOWER_APP = FOLDER / "flower"
+"""What `spry init --flower` copies."""
 
 
 def find_preset(name: str) -> Path | None:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from spryfl.errors import SpryError
+from spryfl.errors import DeadlineError, SpryError
 from spryfl.federated.client import Client
+from spryfl.federated.failures import FailureKind
 from spryfl.federated.fitting import PassSettings
 from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.memory.meter import ActivationMeter
@@ -66,4 +67,5 @@ class InProcessRuntime:
 
 
 def _failure(client: int, error: Exception) -> ClientFailure:
-    return ClientFailure(client, " ".join(str(error).split())[:500])
+    kind: FailureKind = "deadline" if isinstance(error, DeadlineError) else "raised"
+    return ClientFailure(client, " ".join(str(error).split())[:500], kind)

@@ -85,7 +85,7 @@ class WorkerRuntime:
             return future.result()
         except BrokenProcessPool:
             self._pool = None
-            return ClientFailure(client, "its worker process died (out of memory?)")
+            return ClientFailure(client, "its worker process died (out of memory?)", "lost")
 
 
 def _start_worker(make_local: Callable[[], Runtime], num_threads: int | None) -> None:

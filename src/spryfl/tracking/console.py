@@ -135,6 +135,14 @@ def print_results(summaries: Sequence[Summary], directory: Path, console: Consol
     if first.unheld_units:
         names = ", ".join(first.unheld_units)
         console.print(f"Untrained, as no client has the memory: {names}", highlight=False, soft_wrap=True)
+    for s in summaries:
+        if s.epsilon is not None:
+            console.print(
+                f"{s.label}: differential privacy of each {s.privacy}, epsilon {s.epsilon:.3g} at delta {s.delta:g} "
+                "(docs/privacy.md says what that covers)",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print(
         f"Run directory: {directory} (adapter/, events.jsonl, summary.json, plots)", highlight=False, soft_wrap=True
     )

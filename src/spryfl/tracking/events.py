@@ -9,14 +9,16 @@ class RoundEvent:
     """One round; round 0 is the evaluation before training.
 
     Attributes:
-        loss: clients' mean training loss; None in round 0.
+        loss: clients' mean training loss; None in round 0, and where clients do not tell it.
         accuracy, test_loss, metrics: of the global model on the test split, the task's main metric first; None or
             empty where not evaluated, accuracy also where the task has none.
         bytes_up, bytes_down: of all the round's clients.
         seconds: wall-clock time, evaluation included; client_seconds: computing of all clients;
             client_cpu_seconds: on their processors.
         peak_activation_bytes: the largest measured so far.
-        failures, refused: "client: reason".
+        clients: those whose updates were used.
+        failures, refused, late: "client: reason"; late are updates of earlier rounds that came in this one.
+        failure_kinds: how many of each kind (`federated.failures.FailureKind`), refused ones included.
         untrained: units nobody trained; unheld: units that no client of the cohort has the memory for.
         settings: of each client, where memory is a matter or its estimator is chosen: client, num_tangents,
             chunk_bytes, and of a chosen estimator its name, settings and the reason (`PassSettings`).
@@ -26,6 +28,7 @@ class RoundEvent:
         central_test, generalized, personalized: the main metric on the test split, of the global model on clients'
             held-out rows, and there after each client's local training; None where not evaluated.
         held_out: of the latter two all figures, their spread over clients included (`ClientsEvaluation`).
+        epsilon, delta: privacy spent so far (`federated.accounting`); None without privacy.
     """
 
     round: int
@@ -47,6 +50,9 @@ class RoundEvent:
     client_cpu_seconds: float = 0.0
     guess_cosine: float | None = None
     maps_fitted: bool = False
+    clients: tuple[int, ...] = ()
+    late: tuple[str, ...] = ()
+    failure_kinds: dict[str, int] = field(default_factory=dict)
     num_left_out: int = 0
     num_pooled: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -54,6 +60,8 @@ class RoundEvent:
     generalized: float | None = None
     personalized: float | None = None
     held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    epsilon: float | None = None
+    delta: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -81,6 +89,7 @@ class Summary:
         unheld_units: those that no client has the memory for; they stay as they were.
         num_map_fits: how often backward maps were fitted anew.
         client_memory: bytes, dealt to clients in turn; none where memory is no matter.
+        privacy: whose; epsilon, delta: what was spent in all.
     """
 
     method: str
@@ -97,7 +106,7 @@ class Summary:
     cohort_size: int
     accuracy_before: float | None
     accuracy: float | None
-    loss: float
+    loss: float | None
     test_loss: float
     trainable_parameters: int
     bytes_up_per_client_round: float
@@ -115,6 +124,7 @@ class Summary:
     client_memory: tuple[int, ...] = ()
     client_cpu_seconds: float = 0.0
     num_map_fits: int = 0
+    num_late: int = 0
     metric: str = "accuracy"
     score_before: float | None = None
     score: float | None = None
@@ -123,6 +133,9 @@ class Summary:
     generalized: float | None = None
     personalized: float | None = None
     held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    privacy: str = "none"
+    epsilon: float | None = None
+    delta: float | None = None
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)

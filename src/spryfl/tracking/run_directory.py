@@ -104,7 +104,8 @@ class RunDirectory:
             for part in STATE_PARTS
             for name, tensor in getattr(state, part).items()
         }
-        write_atomically(self.checkpoint_file, save(tensors, metadata={"round": str(state.round)}))
+        about = {"round": str(state.round), "overdue": json.dumps(state.overdue)}
+        write_atomically(self.checkpoint_file, save(tensors, metadata=about))
 
     def read_checkpoint(self) -> FederatedState | None:
         """The state after the last finished round; None if there is none yet."""
@@ -113,14 +114,15 @@ class RunDirectory:
         try:
             with safe_open(str(self.checkpoint_file), framework="pt") as handle:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                round = int(handle.metadata()["round"])
+                about = handle.metadata()
+                round, overdue = int(about["round"]), tuple(json.loads(about.get("overdue", "[]")))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunDirectoryError(f"{self.checkpoint_file}: not a checkpoint of ours, or damaged: {error}") from error
         parts: dict[str, dict[str, Any]] = {part: {} for part in STATE_PARTS}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
-        return FederatedState(round, **parts)
+        return FederatedState(round, overdue=overdue, **parts)
 
     def write_calibration(self, calibration: Calibration) -> None:
         write_atomically(self.choice_file, (json.dumps(asdict(calibration), indent=2) + "\n").encode())

@@ -6,7 +6,7 @@ from spryfl.errors import SpryError
 from spryfl.tracking.events import RoundEvent, Summary
 
 OF_EVALUATIONS = ("test_loss", "generalized", "personalized")
-SCALARS = ("loss", *OF_EVALUATIONS, "bytes_up", "bytes_down", "seconds", "peak_activation_bytes")
+SCALARS = ("loss", *OF_EVALUATIONS, "bytes_up", "bytes_down", "seconds", "peak_activation_bytes", "epsilon")
 
 
 class TensorBoardObserver:

@@ -1,0 +1,116 @@
+"""Bytes a client and round over Flower: what we send, and all that passes a node's connection.
+
+    python benchmarks/flower_bytes.py docs/results/flower-bytes.json
+
+Three SuperNodes on loopback, without encryption so that bytes can be counted; one of them connects through a proxy that
+counts them. Flower's own part is its envelope, the app (once a run), and a question for messages every 3 s, so the
+bytes of a round grow with its length.
+"""
+
+import contextlib
+import json
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from flower_world import FlowerWorld
+from spryfl.config import parse_config
+from spryfl.federated.rounds import run_round
+from spryfl.runtime.in_process import InProcessRuntime
+from spryfl.runtime.messages import encode_answer, encode_task
+from spryfl.workbench import Workbench
+
+METHODS = ("spry", "spry_per_iteration", "fedavg")
+NUM_ROUNDS = 4
+
+
+def table(method: str) -> dict[str, Any]:
+    return {
+        "model": {"name": "builtin:minilm", "dtype": "float32"},
+        "data": {"max_tokens": 16, "max_train_examples": 60, "max_test_examples": 40},
+        "partition": {"kind": "iid", "num_clients": 3},
+        "method": {"name": method},
+        "server": {"num_rounds": NUM_ROUNDS, "cohort_size": 3},
+        "evaluation": {"every": NUM_ROUNDS},
+        "runtime": {"num_threads": 1},
+    }
+
+
+class Proxy:
+    """Passes connections on and counts their bytes."""
+
+    def __init__(self, target: int) -> None:
+        self.up = self.down = 0
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            server = socket.create_connection(("127.0.0.1", self._target))
+            for source, sink, way in ((client, server, "up"), (server, client, "down")):
+                threading.Thread(target=self._pass, args=(source, sink, way), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                setattr(self, way, getattr(self, way) + len(piece))
+                sink.sendall(piece)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+def parcels(method: str) -> dict[str, float]:
+    """Mean bytes of a client's task and answer as we encode them, over a round of the same run in one process."""
+    bench = Workbench.from_config(parse_config(table(method)))
+    inner, sizes = InProcessRuntime(bench.client, bench.batch_tokens), {"down": 0, "up": 0}
+
+    class Counting:
+        def run(self, tasks: Any) -> Any:
+            for task in tasks:
+                sizes["down"] += sum(map(len, (encode_task(task).header, encode_task(task).tensors)))
+            for answer in inner.run(tasks):
+                sizes["up"] += sum(map(len, (encode_answer(answer).header, encode_answer(answer).tensors)))
+                yield answer
+
+    run_round(bench.initial_state(), bench.federation, Counting())
+    return {f"parcel_bytes_{way}": size / 3 for way, size in sizes.items()}
+
+
+def measure(method: str) -> dict[str, Any]:
+    """A run over Flower, its first node's connection counted from the first round's end to the last one's."""
+    with tempfile.TemporaryDirectory() as folder, FlowerWorld(Path(folder) / "w", table(method)) as world:
+        proxy = Proxy(world.port)
+        world.start_node(0, superlink=proxy.port)
+        for partition in (1, 2):
+            world.start_node(partition)
+        run = world.submit()
+        world.wait_for_round(1, 600)
+        before, first = (proxy.up, proxy.down), world.events()[-1].round
+        world.wait_for_round(NUM_ROUNDS, 600)
+        after, events = (proxy.up, proxy.down), world.events()
+        world.finish(run, 100)
+    rounds = NUM_ROUNDS - first
+    return {
+        "method": method,
+        **parcels(method),
+        "values_or_slopes_bytes_up": events[-1].bytes_up / 3,
+        "connection_bytes_up_a_round": (after[0] - before[0]) / rounds,
+        "connection_bytes_down_a_round": (after[1] - before[1]) / rounds,
+        "seconds_a_round": sum(event.seconds for event in events[-rounds:]) / rounds,
+    }
+
+
+if __name__ == "__main__":
+    rows = []
+    for name in METHODS:
+        rows.append(measure(name))
+        print(rows[-1], flush=True)
+    Path(sys.argv[1]).write_text(json.dumps(rows, indent=2) + "\n")

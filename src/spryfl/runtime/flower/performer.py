@@ -1,0 +1,82 @@
+"""What a client does with a message: it says who it is, or performs a task on data that never leaves it."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spryfl.config import RunConfig, load_config
+from spryfl.errors import SpryError
+from spryfl.federated.messages import ClientFailure
+from spryfl.models.fingerprint import base_fingerprint
+from spryfl.runtime.in_process import InProcessRuntime
+from spryfl.runtime.messages import decode_task, encode_answer
+from spryfl.runtime.parcels import Parcel
+from spryfl.workbench import Workbench
+
+
+def answer(order: Parcel) -> Parcel:
+    """Do what a parcel asks.
+
+    Args:
+        order: its header holds `file` and `overrides` of the configuration, `client`, `data` (the path of the client's
+            own data, or null), `labels` (the class names, or null before they are known), `shared` (whether this
+            process stands for many clients) and `task` (a task's header, or null where the client is asked who it is);
+            its tensors are the task's.
+    """
+    header = json.loads(order.header)
+    try:
+        if header["task"] is None:
+            return _presence(header)
+        names = ("file", "overrides") if header["shared"] else ("file", "overrides", "client", "data", "labels")
+        runtime = (_shared_runtime if header["shared"] else _runtime)(*(_frozen(header[name]) for name in names))
+        (result,) = runtime.run([decode_task(Parcel(header["task"], order.tensors))])
+    except SpryError as error:
+        result = ClientFailure(header["client"], str(error))
+    if isinstance(result, ClientFailure) and result.kind == "raised":
+        print(f"client {result.client}: {result.reason}", file=sys.stderr, flush=True)
+        if header["data"] is not None:  # a message may quote a row
+            result = replace(result, reason="it raised an error, which its own log tells")
+    return encode_answer(result)
+
+
+def _presence(header: dict[str, Any]) -> Parcel:
+    """Which partition this is, and the hash of the base model it holds."""
+    base = _fingerprint(header["file"], _frozen(header["overrides"]))
+    return Parcel(json.dumps({"kind": "presence", "client": header["client"], "base": base}))
+
+
+@lru_cache(maxsize=1)
+def _fingerprint(file: str, overrides: tuple[str, ...]) -> str:
+    return base_fingerprint(load_config(Path(file), overrides).model)
+
+
+@lru_cache(maxsize=1)
+def _runtime(
+    file: str, overrides: tuple[str, ...], client: int, data: str | None, labels: tuple[str, ...]
+) -> InProcessRuntime:
+    """The client's model and data; kept while the process lives and is asked for the same."""
+    bench = Workbench.of_client(_configured(file, overrides), client, data, labels)
+    return InProcessRuntime(bench.client, bench.batch_tokens)
+
+
+@lru_cache(maxsize=1)
+def _shared_runtime(file: str, overrides: tuple[str, ...]) -> InProcessRuntime:
+    """One model and all rows, for every client of a simulation that this process is asked to be."""
+    bench = Workbench.from_config(_configured(file, overrides))
+    return InProcessRuntime(bench.client, bench.batch_tokens)
+
+
+def _configured(file: str, overrides: tuple[str, ...]) -> RunConfig:
+    config = load_config(Path(file), overrides)
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
+    return config
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

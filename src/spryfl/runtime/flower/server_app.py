@@ -1,0 +1,113 @@
+"""The ServerApp: the same rounds as in one process, with clients on Flower's grid."""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from spryfl.config import RunConfig
+from spryfl.errors import ConfigError, RunDirectoryError, SpryError
+from spryfl.federated.messages import Runtime
+from spryfl.models.fingerprint import base_fingerprint
+from spryfl.run import run, with_absolute_paths
+from spryfl.runtime.flower.presence import Presence
+from spryfl.runtime.flower.runtime import FlowerRuntime
+from spryfl.runtime.flower.settings import Order, read_order
+from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.run_directory import RunDirectory
+from spryfl.workbench import Workbench
+
+LOCK_SECONDS = 60.0
+
+
+def server_app(config_file: Path) -> ServerApp:
+    """A ServerApp that performs the run of a TOML file, or goes on with it in its run directory."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid, read_order(config_file, context.run_config))
+
+    return app
+
+
+def serve(grid: Grid, order: Order) -> Summary:
+    """Perform a run on a grid; if its directory holds a part of it already, go on from there."""
+    config = with_absolute_paths(order.config)
+    if config.evaluation.held_out > 0:
+        raise ConfigError("evaluation.held_out: clients are not asked for evaluations over Flower: set it to 0")
+
+    @contextmanager
+    def connect(bench: Workbench, before_client: Callable[[], None]) -> Iterator[Runtime]:
+        about = {"labels": bench.label_names}
+        runtime = FlowerRuntime(grid, Presence(grid, base_fingerprint(config.model)), about, before_client)
+        num_clients = bench.federation.num_clients
+        present = runtime.gather(num_clients, order.wait_seconds)
+        if not present:
+            raise SpryError(
+                f"no client came within {order.wait_seconds:g} s: start SuperNodes, each with --node-config "
+                f"'partition-id=..' from 0 to {num_clients - 1}; or raise wait-seconds"
+            )
+        print(f"{len(present)} of {num_clients} clients are here", flush=True)
+        yield runtime
+
+    with _held(order.run_dir) as directory:
+        _require_same(directory, config)
+        return run(config, directory, [_Log()], config.label or config.method.name, connect)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[RunDirectory]:
+    """The run directory, for one server at a time: one whose SuperLink was killed may still be about to end."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "server.lock").open("w") as lock:
+        end = time.monotonic() + LOCK_SECONDS
+        while not _locked(lock):
+            if time.monotonic() > end:
+                raise RunDirectoryError(f"{path}: another server process is at work on this run: wait for it")
+            time.sleep(1)
+        yield RunDirectory(path)
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _require_same(directory: RunDirectory, config: RunConfig) -> None:
+    """Write the configuration of a new run; refuse to go on with another one."""
+    if not directory.config_file.exists():
+        directory.write_config(config)
+    elif directory.read_config() != config:
+        raise RunDirectoryError(
+            f"{directory.path} holds a run of another configuration: choose another run-dir, or give that one's"
+        )
+
+
+class _Log:
+    """A line a round, to Flower's log."""
+
+    def started(self, label: str, first_round: int, num_rounds: int) -> None:
+        self._num_rounds = num_rounds
+        print(f"{label}: {f'going on after round {first_round}' if first_round else 'a new run'}", flush=True)
+
+    def before_client(self) -> None:
+        """Flower stops a run by ending its process."""
+
+    def round_finished(self, event: RoundEvent) -> None:
+        parts = [f"round {event.round} of {self._num_rounds}", f"{event.num_updates} updates"]
+        parts += [f"loss {event.loss:.3f}"] if event.loss is not None else []
+        parts += [f"accuracy {event.accuracy:.3f}"] if event.accuracy is not None else []
+        parts += [f"client {reason}" for reason in (*event.failures, *event.refused, *event.late)]
+        print("; ".join(parts), flush=True)
+
+    def finished(self, summary: Summary) -> None:
+        print(f"done: accuracy {summary.accuracy:.3f} in {summary.run_directory}", flush=True)

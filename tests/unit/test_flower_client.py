@@ -1,0 +1,133 @@
+"""The process that outlives messages, what a client is configured by, and what never leaves it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+
+from flower_world import wait_for
+from spryfl.config import RunConfig, parse_config
+from spryfl.errors import ConfigError, SpryError
+from spryfl.federated.messages import ClientTask
+from spryfl.presets import FLOWER_APP
+from spryfl.runtime.flower import performer, warm
+from spryfl.runtime.flower.settings import partition_of, read_order
+from spryfl.runtime.messages import decode_answer, encode_task
+from spryfl.runtime.parcels import Parcel
+from spryfl.workbench import Workbench
+
+
+@pytest.fixture
+def tiny_file(tiny_table: dict[str, dict[str, object]], tmp_path: Path) -> Path:
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(tiny_table))
+    return file
+
+
+def order(file: Path, task: ClientTask | None = None, **changes: object) -> Parcel:
+    asked = None if task is None else encode_task(task)
+    header = {"file": str(file), "overrides": [], "client": 1, "data": None, "labels": ["0", "1"], "shared": False}
+    header |= {"task": None if asked is None else asked.header} | changes
+    return Parcel(json.dumps(header), b"" if asked is None else asked.tensors)
+
+
+def task_of(config: RunConfig) -> ClientTask:
+    bench = Workbench.from_config(config)
+    unit = next(iter(bench.federation.units))
+    return ClientTask(1, 1, 0, (unit,), bench.federation.units[unit], bench.initial_state().values, "values")
+
+
+def test_a_client_computes_what_it_would_in_process(tiny_file: Path, tiny_table: dict[str, dict[str, object]]) -> None:
+    """Though it loads its own rows alone."""
+    config = parse_config(tiny_table)
+    task = task_of(config)
+    theirs = Workbench.from_config(config).client(1).update(task)
+    for shared in (False, True):
+        ours = decode_answer(performer.answer(order(tiny_file, task, shared=shared)), 1)
+        assert (ours.loss, ours.num_examples) == (theirs.loss, theirs.num_examples)
+        assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in theirs.tensors)
+
+
+def test_a_clients_own_data_stays_with_it(
+    tiny_file: Path, tiny_table: dict[str, dict[str, object]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All its rows are trained on, labelled as the server's; an error that quotes one is told here alone."""
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(json.dumps({"text": "the film is bad", "label": 0}) for _ in range(5)))
+    task = task_of(parse_config(tiny_table))
+    answer = decode_answer(performer.answer(order(tiny_file, task, data=str(own))), 1)
+    assert answer.num_examples == 5  # one class alone is no problem: the server names the classes
+    own.write_text(json.dumps({"text": "x", "label": "secret"}))
+    refused = decode_answer(performer.answer(order(tiny_file, task, data=str(own), client=2)), 2)
+    assert "secret" not in refused.reason
+    assert "'secret', which is none of the server's: 0, 1" in capfd.readouterr().err
+
+
+@pytest.fixture
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        yield process
+        process.kill()
+
+
+def test_the_worker_outlives_messages_and_dies_with_its_parent(
+    tiny_file: Path, tmp_path: Path, parent: subprocess.Popen[bytes]
+) -> None:
+    def ask(timeout: float | None = 120) -> dict[str, object]:
+        return json.loads(warm.ask(order(tiny_file), timeout, parent.pid).header)
+
+    def worker() -> int:
+        with warm._connected(parent.pid) as connection:
+            return warm._peer(connection)
+
+    first = ask()
+    assert (first["kind"], first["client"]) == ("presence", 1)
+    process = worker()
+    assert ask() == first
+    assert worker() == process
+    os.kill(process, signal.SIGSTOP)  # it hangs
+    late = ask(0.2)
+    assert (late["failure"], late["kind"]) == ("deadline", "failure")
+    assert ask() == first
+    assert worker() != process
+    parent.kill()
+    parent.wait()
+    folder = tmp_path / f"spry-{os.getuid()}" / str(parent.pid)
+    wait_for(lambda: not folder.exists(), 30, "the worker has ended")
+
+
+def test_a_folder_others_can_enter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / f"spry-{os.getuid()}").mkdir(mode=0o755)
+    with pytest.raises(SpryError, match="others can enter it"):
+        warm.ask(Parcel("{}"), 1.0)
+
+
+def test_run_config_and_node_config_are_checked(tiny_file: Path) -> None:
+    given = read_order(tiny_file, {"set": "server.num_rounds=9 seed=4", "run-dir": "/tmp/x"})
+    assert (given.config.server.num_rounds, given.config.seed, given.run_dir) == (9, 4, Path("/tmp/x"))
+    with pytest.raises(ConfigError, match=r"'run_dir': unknown. Did you mean 'run-dir'\?"):
+        read_order(tiny_file, {"run_dir": "x"})
+    with pytest.raises(ConfigError, match=r"unknown key 'server\.rounds'"):
+        read_order(tiny_file, {"set": "server.rounds=9"})
+    assert partition_of({"partition-id": 2}, 3) == 2
+    for wrong in ({}, {"partition-id": 3}, {"partition-id": "0"}, {"partition-id": True}, {"partition-id": -1}):
+        with pytest.raises(ConfigError, match="clients are 0 to 2"):
+            partition_of(wrong, 3)
+
+
+def test_the_app_that_comes_with_the_package_is_valid() -> None:
+    """What `spry init --flower` copies is examples/flower, and its run is one."""
+    example = Path(__file__).parents[2] / "examples/flower"
+    names = sorted(path.name for path in FLOWER_APP.iterdir() if path.is_file())
+    assert names == sorted(path.name for path in example.iterdir() if path.is_file())
+    assert all((FLOWER_APP / name).read_bytes() == (example / name).read_bytes() for name in names)
+    assert read_order(FLOWER_APP / "run.toml", {}).config.server.quorum == 0.5

@@ -1,0 +1,164 @@
+"""The Runtime over a grid of our own: nodes that answer, fall silent, start anew, or lie."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("flwr")
+
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.task_identity import TaskIdentity
+
+from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
+from spryfl.runtime.flower import runtime as flower_runtime
+from spryfl.runtime.flower.presence import Presence
+from spryfl.runtime.flower.runtime import FlowerRuntime
+from spryfl.runtime.flower.wire import parcel_of, to_content
+from spryfl.runtime.messages import decode_task, encode_answer
+from spryfl.runtime.parcels import Parcel
+
+VALUES = {"a": torch.ones(2)}
+Answer = ClientUpdate | ClientFailure | Error | None
+
+
+def task(client: int, round: int = 1) -> ClientTask:
+    return ClientTask(round, client, 0, ("u",), ("a",), VALUES, "values", deadline_seconds=0.0)
+
+
+def update(task: ClientTask) -> ClientUpdate:
+    return ClientUpdate(task.round, task.client, 4, 0.5, {"a": task.values["a"] + task.client})
+
+
+@dataclass
+class Node:
+    """A node: its partition, its base model, and what it does with a task; None: nothing, ever."""
+
+    client: int
+    base: str = "base"
+    perform: Callable[[ClientTask], Answer] = update
+    since: str = "start"
+
+
+class Grid:
+    """Replies are there at the next pull."""
+
+    def __init__(self, nodes: dict[int, Node]) -> None:
+        self.nodes = nodes
+        self.replies: dict[str, Message] = {}
+        self.sent: list[tuple[int, ClientTask]] = []
+
+    def get_nodes(self) -> list[Any]:
+        return [SimpleNamespace(node_id=i, last_activated_at=node.since) for i, node in self.nodes.items()]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"m{len(ids)}-{id(message)}"
+            message.metadata.__dict__["_src_node_id"] = 1
+            ids.append(message.metadata.message_id)
+            content = self._answer(message.metadata.dst_node_id, parcel_of(message))
+            if content is not None:
+                self.replies[ids[-1]] = Message(content, reply_to=message)
+        return ids
+
+    def _answer(self, node_id: int, parcel: Parcel) -> Any:
+        node = self.nodes[node_id]
+        if json.loads(parcel.header)["kind"] == "presence":
+            return to_content(Parcel(json.dumps({"kind": "presence", "client": node.client, "base": node.base})))
+        asked = decode_task(parcel)
+        self.sent.append((node_id, asked))
+        answer = node.perform(asked)
+        return answer if answer is None or isinstance(answer, Error) else to_content(encode_answer(answer))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self.replies.pop(message_id) for message_id in message_ids if message_id in self.replies]
+
+
+def connected(grid: Grid, **options: Any) -> FlowerRuntime:
+    runtime = FlowerRuntime(grid, Presence(grid, "base", lambda line: None), {"labels": ["0", "1"]}, **options)
+    runtime.gather(len(grid.nodes), 5)
+    return runtime
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("GRACE_SECONDS", 0.2), ("POLL_SECONDS", 0.01), ("LOOK_SECONDS", 0.02)):
+        monkeypatch.setattr(flower_runtime, name, seconds)
+    for name in ("_run_id", "_task_id", "_node_id"):  # as Flower sets them in a server app's process
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def test_tasks_go_to_the_nodes_that_hold_their_partitions() -> None:
+    grid = Grid({77: Node(2), 55: Node(0), 66: Node(1)})
+    answers = list(connected(grid).run([task(0), task(2)]))
+    assert sorted(a.client for a in answers) == [0, 2]
+    assert all(torch.equal(a.tensors["a"], VALUES["a"] + a.client) for a in answers)
+    assert [(node, t.client) for node, t in grid.sent] == [(55, 0), (77, 2)]
+
+
+def test_every_way_to_return_nothing_has_its_kind() -> None:
+    def crash(code: int) -> Callable[[ClientTask], Answer]:
+        return lambda task: Error(code, "why")
+
+    grid = Grid(
+        {
+            1: Node(0, perform=lambda task: ClientFailure(task.client, "no battery")),
+            2: Node(1, perform=lambda task: None),
+            3: Node(2, perform=crash(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)),
+            4: Node(3, perform=crash(ErrorCode.NODE_UNAVAILABLE)),
+            5: Node(4, base="another"),
+            6: Node(6, perform=lambda task: replace(update(task), client=3)),
+        }
+    )
+    answers = connected(grid).run([task(client) for client in range(7)])
+    found = {a.client: (a.kind, a.reason) for a in answers if isinstance(a, ClientFailure)}
+    assert {client: kind for client, (kind, _) in found.items()} == {
+        0: "raised",
+        1: "deadline",
+        2: "raised",
+        3: "lost",
+        4: "refused",
+        5: "absent",
+        6: "refused",
+    }
+    assert "another base model (another) than this run's (base)" in found[4][1]
+    assert found[6][1] == "it answered as client 3"
+
+
+def test_a_node_started_anew_gets_its_task_again() -> None:
+    """A registered node keeps its id, another gets a new one; what the first start still answers is not used twice."""
+    silent = Node(0, perform=lambda task: None)
+    grid = Grid({1: silent, 2: Node(1, perform=lambda task: None)})
+
+    def restart() -> None:
+        if len(grid.sent) == 2:
+            grid.nodes = {1: Node(0, since="later"), 3: Node(1)}
+
+    runtime = connected(grid, before_client=restart)
+    answers = list(runtime.run([replace(task(client), deadline_seconds=5.0) for client in (0, 1)]))
+    assert sorted(a.client for a in answers if isinstance(a, ClientUpdate)) == [0, 1]
+    assert sorted((node, t.client) for node, t in grid.sent) == [(1, 0), (1, 0), (2, 1), (3, 1)]
+
+
+def test_an_update_that_comes_too_late_is_handed_on_in_the_next_round() -> None:
+    grid = Grid({1: Node(0), 2: Node(1)})
+    runtime = connected(grid)
+    held: dict[str, Message] = {}
+
+    def hold(ids: Iterable[str]) -> list[Message]:
+        held.update({i: grid.replies.pop(i) for i in list(grid.replies) if "m1" in i})
+        return Grid.pull_messages(grid, ids)
+
+    grid.pull_messages = hold
+    first = list(runtime.run([task(0), task(1)]))
+    assert [(a.client, getattr(a, "kind", None)) for a in first] == [(0, None), (1, "deadline")]
+    del grid.pull_messages
+    grid.replies |= held
+    second = list(runtime.run([task(0, 2), task(1, 2)]))
+    assert sorted((a.client, a.round) for a in second) == [(0, 2), (1, 1), (1, 2)]
