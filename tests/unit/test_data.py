@@ -49,6 +49,14 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
         load_rows(DataConfig(name=str(tmp_path), test_split="validatoin"), 0)
 
 
+def test_a_part_of_train_may_stand_for_the_test_split(tmp_path: Path) -> None:
+    write(tmp_path, "train.parquet", ROWS)
+    write(tmp_path, "test.parquet", [{"text": "unseen", "label": 0}] * 4)
+    rows = load_rows(DataConfig(name=str(tmp_path), test_split="train", test_fraction=0.2), 0)
+    assert sorted(rows.train["text"][:] + rows.test["text"][:]) == sorted(row["text"] for row in ROWS)
+    assert len(rows.test) == len(ROWS) // 5
+
+
 def test_labels_may_be_text(tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "label": ("yes", "no", "maybe")[i % 3]} for i in range(20)]
     loaded = load_rows(DataConfig(name=str(write(tmp_path, "data.csv", rows))), 0)

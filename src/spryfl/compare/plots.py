@@ -27,7 +27,7 @@ MARKERS = "osD^v<>pPX*hd"
 def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) -> None:
     """Three panels of one dataset: a line for each method, the mean over seeds, with its confidence interval.
 
-    The score before training, which costs nothing and is the same for all, is left out.
+    The score before training cost nothing, so it stands over the rounds alone.
 
     Args:
         methods: labels of all the suite's methods, so that each has its colour in every dataset.
@@ -47,7 +47,7 @@ def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) 
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"test {results[0].row.metric}")
     for axes in panels[1:]:
-        axes.set_xscale("log")  # costs of methods lie powers of ten apart
+        axes.set_xscale("log", nonpositive="mask")  # costs of methods lie powers of ten apart
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     save_figure(figure, path)
@@ -59,7 +59,7 @@ def _draw(axes: Axes, results: Sequence[Result], label: str, quantity: Quantity,
     for result in results:
         taken = accumulate(quantity(event) for event in result.events)
         for event, so_far in zip(result.events, taken, strict=True):
-            if event.score is not None and so_far > 0:
+            if event.score is not None:
                 points[event.round].append((so_far, event.score))
     rounds = sorted(points)
     x = np.array([np.mean([so_far for so_far, _ in points[round]]) for round in rounds])

@@ -92,6 +92,8 @@ def search_config(suite: Suite, cell: Cell, tried: Settings) -> RunConfig:
         "server.num_rounds": rounds,
         "evaluation.every": rounds,
     }
+    if own.evaluation.held_out > 0:  # those rows stay out of training, but the score alone is asked for
+        fixed |= {"evaluation.generalized": "end", "evaluation.personalized": "never"}
     return suite.run_config(cell, tried | fixed)
 
 
