@@ -46,7 +46,8 @@ class ClientsEvaluation:
         return next(iter(self.metrics.values()), None)
 
     def as_row(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON gives it back."""
+        return asdict(self) | {"failures": list(self.failures)}
 
 
 def sample_evaluated(clients: Sequence[int], max_clients: int | None, seed: int) -> list[int]:
