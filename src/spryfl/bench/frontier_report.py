@@ -41,7 +41,15 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-SHOWN = ("head alone", "guess maps h=0", "guided maps h=0", "backprop split", "backprop")
+SHOWN = (
+    "head alone",
+    "guess maps h=0",
+    "guess maps h=2, by layer",
+    "guided maps h=0",
+    "backprop split",
+    "backprop split by layer",
+    "backprop",
+)
 """In the README, by estimator and dial."""
 
 
