@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from spryfl.compare.intervals import interval
 from spryfl.compare.plots import plot_dataset
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
 from spryfl.compare.tables import Table, results_table, search_table, target_table
+from spryfl.report.intervals import interval
 from spryfl.tracking.events import RoundEvent
 
 

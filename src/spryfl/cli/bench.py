@@ -106,3 +106,24 @@ def frontier(
     (out / "frontier.md").write_text(table, encoding="utf-8")
     plot_frontier(rows, out / "frontier.png")
     print(json.dumps(rows, indent=1) if as_json else table)
+
+
+@bench.command("theory")
+def theory(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write theory.{json,md,png} there.")] = None,
+) -> None:
+    """Variance of forward gradients against d, and bias of a split round against heterogeneity. Takes minutes."""
+    from spryfl.bench.theory import TheoryBench, measure_theory
+    from spryfl.bench.theory_report import as_markdown, disagreements, plot_theory
+
+    measured = measure_theory(TheoryBench())
+    table = as_markdown(measured)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "theory.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        (out / "theory.md").write_text(table, encoding="utf-8")
+        plot_theory(measured, out / "theory.png")
+    print(json.dumps(measured, indent=1) if as_json else table)
+    for problem in disagreements(measured):
+        print(f"disagrees with theory: {problem}", file=sys.stderr)

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spryfl.compare.intervals import interval
 from spryfl.compare.results import Result
+from spryfl.report.intervals import interval
 from spryfl.report.plots import save_figure
 from spryfl.tracking.events import RoundEvent
 

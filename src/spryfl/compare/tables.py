@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from spryfl.compare.intervals import CONFIDENCE, interval
 from spryfl.compare.results import ResultRow
 from spryfl.data.task import LOWER_IS_BETTER
+from spryfl.report.intervals import CONFIDENCE, interval
 
 Rows = Sequence[ResultRow]
 Value = Callable[[ResultRow], float | None]

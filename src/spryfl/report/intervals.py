@@ -21,6 +21,16 @@ class Interval:
     half_width: float | None
     count: int
 
+    @property
+    def low(self) -> float | None:
+        """The interval's lower end."""
+        return None if self.half_width is None else self.mean - self.half_width
+
+    @property
+    def high(self) -> float | None:
+        """The interval's upper end."""
+        return None if self.half_width is None else self.mean + self.half_width
+
     def shown(self, form: str = ".3f") -> str:
         """As in tables: 0.750 ± 0.043."""
         spread = "" if self.half_width is None else f" ± {self.half_width:{form}}"

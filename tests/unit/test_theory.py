@@ -1,0 +1,52 @@
+"""The theory bench on a tiny model: its exact figures by other means, its Monte Carlo within its tolerance."""
+
+from pathlib import Path
+
+import pytest
+
+from spryfl.bench.theory import TheoryBench, measure_theory
+from spryfl.bench.theory_report import as_markdown, disagreements, plot_theory
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model: Path, tiny_data: Path) -> dict[str, object]:
+    return measure_theory(
+        TheoryBench(
+            model=str(tiny_model),
+            data=str(tiny_data),
+            rows=60,
+            num_tangents=256,
+            per_pass=32,
+            counts=(1, 4),
+            alphas=(0.1, 100.0),
+            clients=(4, 8),
+            seeds=3,
+            draws=1024,
+            drawn_alphas=(0.1, 100.0),
+        )
+    )
+
+
+def test_monte_carlo_agrees_with_theory(measured: dict[str, object]) -> None:
+    assert disagreements(measured) == []
+    assert [(row["d"], row["k"]) for row in measured["variance"]] == [(d, k) for d in (64, 256) for k in (1, 4, 16)]
+    assert all(row["slope_difference"] < 1e-4 for row in measured["variance"])
+    wrong = measured["variance"][0] | {"theory": 2 * measured["variance"][0]["theory"]}
+    assert disagreements({"variance": [wrong], "draws": []}) == ["variance at d = 64, K = 1"]
+
+
+def test_bias_grows_with_heterogeneity(measured: dict[str, object]) -> None:
+    for num_clients in (4, 8):
+        unequal, equal, iid = [row for row in measured["bias"] if row["num_clients"] == num_clients]
+        assert unequal["bias"] > equal["bias"] > 0
+        assert unequal["label_distance"] > equal["label_distance"]
+        assert iid["bias"] < unequal["bias"]
+        assert iid["bias_after_rotation"] < 0.5 * iid["bias"]
+
+
+def test_the_report(measured: dict[str, object], tmp_path: Path) -> None:
+    table = as_markdown(measured)
+    assert table.count("| IID |") == 2
+    assert f"| 4 | 256 | 16 | {measured['variance'][-1]['error']:,.1f} | 16.1 |" in table
+    plot_theory(measured, tmp_path / "theory.png")
+    assert (tmp_path / "theory.png").read_bytes().startswith(b"\x89PNG")
