@@ -104,8 +104,9 @@ class RunDirectory:
             for part in STATE_PARTS
             for name, tensor in getattr(state, part).items()
         }
-        about = {"round": str(state.round), "overdue": json.dumps(state.overdue)}
-        write_atomically(self.checkpoint_file, save(tensors, metadata=about))
+        # One entry: safetensors writes several in any order, and equal states are to be equal files.
+        about = json.dumps({"round": state.round, "overdue": state.overdue})
+        write_atomically(self.checkpoint_file, save(tensors, metadata={"state": about}))
 
     def read_checkpoint(self) -> FederatedState | None:
         """The state after the last finished round; None if there is none yet."""
@@ -114,8 +115,8 @@ class RunDirectory:
         try:
             with safe_open(str(self.checkpoint_file), framework="pt") as handle:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                about = handle.metadata()
-                round, overdue = int(about["round"]), tuple(json.loads(about.get("overdue", "[]")))
+                about = json.loads(handle.metadata()["state"])
+                round, overdue = int(about["round"]), tuple(about["overdue"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunDirectoryError(f"{self.checkpoint_file}: not a checkpoint of ours, or damaged: {error}") from error
         parts: dict[str, dict[str, Any]] = {part: {} for part in STATE_PARTS}
