@@ -29,7 +29,8 @@ from spryfl.federated.choosing import Calibration
 from spryfl.federated.rounds import FederatedState
 from spryfl.tracking.events import RoundEvent, Summary
 
-STATE_PARTS = tuple(part.name for part in fields(FederatedState) if part.name != "round")
+STATE_PARTS = tuple(part.name for part in fields(FederatedState) if part.name not in ("round", "overdue"))
+"""Those that are tensors by name."""
 
 
 @dataclass(frozen=True)
