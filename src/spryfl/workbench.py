@@ -15,7 +15,7 @@ from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
 from spryfl.data.loading import load_rows
 from spryfl.data.partition import Partition, partition_rows
-from spryfl.data.task import Evaluation, Task
+from spryfl.data.task import Answers, Evaluation, Sample, Task
 from spryfl.errors import ConfigError, DataError, nearest
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
@@ -71,7 +71,7 @@ class Workbench:
 
     Attributes:
         encode: tokenizes rows for the task; train and test are encoded already.
-        num_labels: classes.
+        num_labels: classes; 0 where the task has none.
     """
 
     config: RunConfig
@@ -86,25 +86,27 @@ class Workbench:
     @classmethod
     def from_config(cls, config: RunConfig) -> "Workbench":
         """Load everything a run needs; every problem with data or model shows here, before any work."""
-        rows = load_rows(config.data, config.seed)
+        rows = load_rows(config.data, config.seed, config.task)
         column = config.partition.column
         if column is not None and column not in rows.train.column_names:
             known = rows.train.column_names
             raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
         partition = partition_rows(
             config.partition,
-            np.asarray(rows.train[config.data.label_column][:]),
+            rows.classes(config.data.label_column),
             None if column is None else rows.train[column][:],
             config.seed,
         )
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
         low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
-        adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, **options)
+        adapted = load_model(config.model, config.adapter, rows.num_labels or 2, config.seed, **options)
         if config.method.own_estimator in ("forward", "bottleneck", "guided", "auto"):
             require_support(adapted.model, config.model.name)
         task, encode = TASKS[config.task.kind](config, rows, adapted)
         train, test = encode(rows.train), encode(rows.test)
+        # Clients share the dataset's rows, so that all that was made from one is of one client.
+        partition = [train.made_from(own) for own in partition]
         bench = cls(config, adapted, task, encode, train, test, partition, rows.num_labels)
         bench._require_budget()
         bench._require_dimensions()
@@ -267,6 +269,14 @@ class Workbench:
         with loaded(self.adapted.model, values):
             size = self.config.evaluation.batch_size
             return self.task.evaluate(self.adapted.model, self.test, range(len(self.test)), size)
+
+    def samples(self, values: dict[str, Tensor]) -> list[Sample]:
+        """What these values make of the test split's first rows; nothing where the task has no answers to read."""
+        if not isinstance(self.task, Answers) or self.config.evaluation.num_samples == 0:
+            return []
+        rows = self.test.made_from(np.arange(min(self.config.evaluation.num_samples, len(self.test))))
+        with loaded(self.adapted.model, values):
+            return self.task.samples(self.adapted.model, self.test, rows.tolist())
 
     def save_adapter(self, values: dict[str, Tensor], folder: Path) -> None:
         """Write adapter, head and tokenizer so that `PeftModel.from_pretrained` loads them, in float32."""

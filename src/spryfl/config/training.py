@@ -36,6 +36,11 @@ class EvaluationConfig(Part):
 
     every: Positive = Field(5, description="rounds; the last round is always evaluated")
     batch_size: Positive = 64
+    num_samples: int = Field(
+        3,
+        ge=0,
+        description="test rows whose answers go into samples.jsonl at the end, where the task has any",
+    )
 
 
 class ClientsConfig(Part):
