@@ -159,7 +159,7 @@ class FlowerWorld:
 
     def flwr(self, *arguments: str) -> str:
         done = subprocess.run(
-            [BIN / "flwr", *arguments], env=self.env, capture_output=True, text=True, timeout=120, check=False
+            [BIN / "flwr", *arguments], env=self.env, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
