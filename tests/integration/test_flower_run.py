@@ -146,6 +146,7 @@ def test_a_run_goes_on_whatever_its_clients_do(
     assert events[0].failure_kinds == {"raised": 1, "deadline": 1, "refused": 1}
 
 
+@pytest.mark.flower
 def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """The server's process, then the SuperLink; what is trained is bitwise what one process trains."""
     table = tiny(tiny_table, num_rounds=7, cohort_size=2) | {"partition": {"kind": "iid", "num_clients": 2}}
