@@ -81,7 +81,9 @@ def build(
     register_attention()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base = MODEL_CLASSES[task].auto.from_config(FAMILIES[family](), attn_implementation=attention)
+        config = FAMILIES[family]()
+        config.num_labels = 2 if task == "qa" else config.num_labels  # a start and an end
+        base = MODEL_CLASSES[task].auto.from_config(config, attn_implementation=attention)
         base = base.double()
         model = adapt(base, adapter, head_modules(base, (), task), task).eval()
         for parameter in model.parameters():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spryfl.config import RunConfig
-from spryfl.data.loading import LabelledRows
+from spryfl.data.loading import Rows
 from spryfl.data.public_text import load_public_text
 from spryfl.federated.client import read_values
 from spryfl.map_keeper import MapKeeper
@@ -43,7 +43,7 @@ def fit_for_prompt(
     words = config.task.label_words or ()
     text = load_public_text(config.guide, config.data, len(words), config.seed)
     adapted = load_model(config.model, config.adapter, len(words), config.seed, task=config.task.kind)
-    rows = LabelledRows(text, text, len(words), tuple(word.strip() for word in words))
+    rows = Rows(text, text, tuple(word.strip() for word in words))
     task, encode = TASKS[config.task.kind](config, rows, adapted)
     keeper = MapKeeper(config, adapted, task, encode, len(words))
     values = read_values(adapted.model, parameters_of(adapted.units))

@@ -88,6 +88,7 @@ def run(
             events.append(_announce(event, directory, observers))
             directory.write_checkpoint(state)
     directory.write_adapter(lambda folder: bench.save_adapter(state.values, folder))
+    directory.write_samples(bench.samples(state.values))
     plot_run(events, label, directory.path)
     summary = summarize(bench, label, events, directory)
     directory.write_summary(summary)

@@ -15,9 +15,9 @@ from spryfl.client_choice import ClientChoice, client_choice
 from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
-from spryfl.data.loading import LabelledRows, load_own_rows, load_rows
+from spryfl.data.loading import Rows, load_own_rows, load_rows
 from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
-from spryfl.data.task import Evaluation, Task
+from spryfl.data.task import Answers, Evaluation, Sample, Task
 from spryfl.errors import ConfigError, DataError, nearest
 from spryfl.federated.accounting import Accountant
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
@@ -53,7 +53,7 @@ ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
 }
 
 
-def _partition(config: RunConfig, rows: LabelledRows) -> tuple[Partition, Partition]:
+def _partition(config: RunConfig, rows: Rows) -> tuple[Partition, Partition]:
     """The rows that each client trains on, and those that it is evaluated on."""
     column = config.partition.column
     if column is not None and column not in rows.train.column_names:
@@ -61,7 +61,7 @@ def _partition(config: RunConfig, rows: LabelledRows) -> tuple[Partition, Partit
         raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
     whole = partition_rows(
         config.partition,
-        np.asarray(rows.train[config.data.label_column][:]),
+        rows.classes(config.data.label_column),
         None if column is None else rows.train[column][:],
         config.seed,
     )
@@ -99,7 +99,7 @@ class Workbench:
     Attributes:
         encode: tokenizes rows for the task; train and test are encoded already.
         partition: the rows of train that each client trains on.
-        label_names: one a class.
+        label_names: one a class; none where the task has no classes.
         held_out: the rows of train that each client is evaluated on.
     """
 
@@ -116,7 +116,7 @@ class Workbench:
     @classmethod
     def from_config(cls, config: RunConfig) -> "Workbench":
         """Load everything a run needs; every problem with data or model shows here, before any work."""
-        rows = load_rows(config.data, config.seed)
+        rows = load_rows(config.data, config.seed, config.task)
         bench = cls._of_rows(config, rows, *_partition(config, rows))
         bench._require_budget()
         bench._require_dimensions()
@@ -133,10 +133,11 @@ class Workbench:
             label_names: the server's, one a class.
         """
         if data is not None:
-            rows = load_own_rows(config.data.model_copy(update={"name": data, "subset": None}), label_names)
+            own_data = config.data.model_copy(update={"name": data, "subset": None})
+            rows = load_own_rows(own_data, label_names, config.task)
             part = np.arange(len(rows.train))
         else:
-            whole = load_rows(config.data, config.seed)
+            whole = load_rows(config.data, config.seed, config.task)
             part = _partition(config, whole)[0][client]
             rows = replace(whole, train=whole.train.select(part), test=whole.test.select([]))
         nothing = np.arange(0)
@@ -144,16 +145,19 @@ class Workbench:
         return cls._of_rows(config, rows, own, [nothing] * len(own))
 
     @classmethod
-    def _of_rows(cls, config: RunConfig, rows: LabelledRows, partition: Partition, held_out: Partition) -> "Workbench":
+    def _of_rows(cls, config: RunConfig, rows: Rows, partition: Partition, held_out: Partition) -> "Workbench":
         # Finite differences drown in bfloat16's rounding; "auto" gives that rival float32.
         low_precision = config.method.own_estimator != "zeroth_order"
         options: dict[str, Any] = {"low_precision": low_precision, "task": config.task.kind}
-        adapted = load_model(config.model, config.adapter, rows.num_labels, config.seed, **options)
+        adapted = load_model(config.model, config.adapter, rows.num_labels or 2, config.seed, **options)
         if config.method.own_estimator in ("forward", "bottleneck", "guided", "auto"):
             require_support(adapted.model, config.model.name)
         task, encode = TASKS[config.task.kind](config, rows, adapted)
+        train = encode(rows.train)
         test = encode(rows.test) if len(rows.test) else Examples([], np.empty(0, np.int64))
-        return cls(config, adapted, task, encode, encode(rows.train), test, partition, rows.label_names, held_out)
+        # Clients share the dataset's rows, so that all that was made from one is of one client.
+        parts, held = ([train.made_from(own) for own in side] for side in (partition, held_out))
+        return cls(config, adapted, task, encode, train, test, parts, rows.label_names, held)
 
     def _require_budget(self) -> None:
         """Refuse a checkpointing budget that some client's batch exceeds with a single hidden state."""
@@ -357,6 +361,14 @@ class Workbench:
         with loaded(self.adapted.model, values):
             size = self.config.evaluation.batch_size
             return self.task.evaluate(self.adapted.model, self.test, range(len(self.test)), size)
+
+    def samples(self, values: dict[str, Tensor]) -> list[Sample]:
+        """What these values make of the test split's first rows; nothing where the task has no answers to read."""
+        if not isinstance(self.task, Answers) or self.config.evaluation.num_samples == 0:
+            return []
+        rows = self.test.made_from(np.arange(min(self.config.evaluation.num_samples, len(self.test))))
+        with loaded(self.adapted.model, values):
+            return self.task.samples(self.adapted.model, self.test, rows.tolist())
 
     def save_adapter(self, values: dict[str, Tensor], folder: Path) -> None:
         """Write adapter, head and tokenizer so that `PeftModel.from_pretrained` loads them, in float32."""

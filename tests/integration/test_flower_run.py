@@ -129,11 +129,11 @@ def test_a_run_goes_on_whatever_its_clients_do(
         nodes = [world.start_node(partition) for partition in range(4)]
         world.start_node(4, cwd=folder / "other")
         run = world.submit()
-        world.wait_for_round(1, 300)
-        wait_for(lambda: "ROUND 2" in (folder / "4-flower-supernode.log").read_text(), 60, "node 3 has its task")
+        world.wait_for_round(1, 500)
+        wait_for(lambda: "ROUND 2" in (folder / "4-flower-supernode.log").read_text(), 120, "node 3 has its task")
         kill(nodes[3])
         world.start_node(3)
-        assert world.finish(run, 300) == "finished:completed", world.log()
+        assert world.finish(run, 500) == "finished:completed", world.log()
         events = world.events()[1:]
     reasons = {(e.round, int(r.partition(":")[0])): r for e in events for r in (*e.failures, *e.refused)}
     assert "no battery" in reasons[1, 1]
@@ -156,12 +156,12 @@ def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[s
         for partition in (0, 1):
             world.start_node(partition)
         world.submit()
-        world.wait_for_round(1, 300)
+        world.wait_for_round(1, 500)
         (server,) = processes_of(world.folder, "flwr-serverapp")
         os.kill(server, signal.SIGKILL)
         seen = world.events()[-1].round
         world.submit()
-        world.wait_for_round(seen + 1, 200)
+        world.wait_for_round(seen + 1, 400)
         kill(world.superlink)
         world.start_superlink()
         assert not (world.run_dir / "summary.json").exists()

@@ -130,7 +130,7 @@ def test_every_kind_of_task_is_in_the_tables() -> None:
         ("task.label_words=[' yes']", "1 words for 2 classes"),
         ("task.label_words=[' yes', ' yes!']", "both begin with the token"),
         ("task.template='{txt}:'", "not among data.text_columns"),
-        ("task.kind='classification'", "belong to kind = 'prompted'"),
+        ("task.kind='classification'", "belongs to kind = 'prompted'"),
         ("data.max_tokens=4", "the template alone takes"),
         ("model.name={tiny_model}", "no decoder that goes on with a prompt"),
     ],

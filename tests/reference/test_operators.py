@@ -16,8 +16,8 @@ from spryfl.forward_mode.attention import attention, attention_forward
 from spryfl.forward_mode.budget import ATTENTION_SHARE, FEED_FORWARD_SHARE, chunks_of
 from spryfl.forward_mode.dual import make_dual, split
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
-from spryfl.forward_mode.loss import IGNORED, head_cross_entropy
-from spryfl.forward_mode.operators import use_lean_operators
+from spryfl.forward_mode.loss import head_cross_entropy
+from spryfl.forward_mode.operators import linear, use_lean_operators
 from spryfl.forward_mode.rows import chunk_layers
 from spryfl.memory.meter import ActivationMeter
 
@@ -167,32 +167,35 @@ def test_a_dual_written_into_a_plain_tensor_is_refused() -> None:
 
 @pytest.mark.parametrize("budget", [1, 2000, 10**9])
 def test_head_cross_entropy(budget: int) -> None:
-    """Loss and slopes of a language model's head, some tokens unlabelled, against the whole matrix."""
-    hidden, weight = normal(2, 5, 6), normal(11, 6, seed=1)
-    v, w = normal(K, 2, 5, 6, seed=2), normal(K, 11, 6, seed=3)
-    labels = torch.tensor([[1, 4, IGNORED, 10, 0], [IGNORED, 2, 2, 9, IGNORED]])
+    """Losses and slopes of a language model's head by row, shares of its tokens uneven, against the whole matrix."""
+    hidden, weight = normal(7, 6), normal(11, 6, seed=1)
+    v, w = normal(K, 7, 6, seed=2), normal(K, 11, 6, seed=3)
+    labels, shares = torch.tensor([1, 4, 10, 0, 2, 2, 9]), normal(2, 7, seed=4).abs()
 
     def whole(hidden: Tensor, weight: Tensor) -> Tensor:
-        return nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        return shares @ nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+
+    def chunked(hidden: Tensor, weight: Tensor) -> Tensor:
+        return head_cross_entropy(lambda part: linear(part, weight), 11, hidden, labels, shares)
 
     with chunks_of(budget):
         with torch.no_grad():
-            output = head_cross_entropy(make_dual(hidden, v), make_dual(weight, w), labels)
+            output = chunked(make_dual(hidden, v), make_dual(weight, w))
             assert torch.allclose(output.stacked, jvps(whole, (hidden, weight), (v, w)), atol=1e-12)
-            assert head_cross_entropy(hidden, weight, labels) == pytest.approx(float(whole(hidden, weight)))
+            assert torch.allclose(chunked(hidden, weight), whole(hidden, weight))
         hidden.requires_grad_(True)
-        (found,) = torch.autograd.grad(head_cross_entropy(hidden, weight, labels), hidden)
-        assert torch.allclose(found, torch.autograd.grad(whole(hidden, weight), hidden)[0], atol=1e-12)
+        (found,) = torch.autograd.grad(chunked(hidden, weight).sum(), hidden)
+        assert torch.allclose(found, torch.autograd.grad(whole(hidden, weight).sum(), hidden)[0], atol=1e-12)
 
 
 def test_the_head_s_loss_never_holds_all_logits() -> None:
-    hidden, weight, labels = torch.randn(400, 8), torch.randn(5000, 8), torch.arange(400)
+    hidden, weight, labels, shares = torch.randn(400, 8), torch.randn(5000, 8), torch.arange(400), torch.ones(1, 400)
     dual, budget = make_dual(hidden, torch.randn(2, 400, 8)), 10**6
     with torch.no_grad(), chunks_of(budget), ActivationMeter() as meter:
-        head_cross_entropy(dual, weight, labels)
+        head_cross_entropy(lambda part: linear(part, weight), 5000, dual, labels, shares)
     assert meter.peak_bytes < 2 * budget < 400 * 5000 * 4
     with pytest.raises(ValueError, match="no token carries a label"):
-        head_cross_entropy(hidden, weight, torch.full((400,), IGNORED))
+        head_cross_entropy(lambda part: linear(part, weight), 5000, hidden[:0], labels[:0], shares[:, :0])
 
 
 def test_chunks_need_no_linear_module() -> None:

@@ -43,7 +43,7 @@ from spryfl.workbench import ESTIMATORS
         ({"local": {"learning_rate": "fast"}}, "local.learning_rate"),
         ({"local": {"learning_rate": float("inf")}}, "local.learning_rate"),
         ({"partition": {"kind": "column"}}, "go together"),
-        ({"data": {"text_columns": ["a", "b", "c"]}}, "data.text_columns"),
+        ({"data": {"text_columns": ["a", "b", "c", "d"]}}, "data.text_columns"),
         ({"compare": [{"name": "x"}, {"name": "x"}]}, "names must differ"),
         ({"compare": [{"name": "../x"}]}, "compare.0.name"),
         ({"compare": [{"nam": "x", "name": "x"}]}, "unknown key 'compare.0.nam'. Did you mean 'name'?"),

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from families import DECODERS, FAMILIES
-from spryfl.config import AdapterConfig
+from spryfl.config import AdapterConfig, TaskKind
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run, each
+from spryfl.forward_mode.loss import row_losses
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator
@@ -20,6 +21,7 @@ from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import PassCost
 from spryfl.models.adapters import adapt
+from spryfl.models.classes import MODEL_CLASSES
 from spryfl.models.dry_run import DryRun, HollowModel, PackedLinear, Work, pack, shallower, unpacked
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
@@ -61,12 +63,19 @@ def config_of(family: str) -> PreTrainedConfig:
 class Real:
     """The same model with weights, and a batch."""
 
-    def __init__(self, config: PreTrainedConfig, packed: bool = False, padded: bool = False) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        packed: bool = False,
+        padded: bool = False,
+        task: TaskKind = "classification",
+    ) -> None:
         register_attention()
+        self.task = task
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            base = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION_NAME)
-            self.model = adapt(base, RANK, head_modules(base, ())).eval()
+            base = MODEL_CLASSES[task].auto.from_config(config, attn_implementation=ATTENTION_NAME)
+            self.model = adapt(base, RANK, head_modules(base, (), task), task).eval()
         if packed:
             pack(self.model)
         make_lean(self.model, {PackedLinear: lambda module, dtype: unpacked(module, dtype).zero_()})
@@ -77,8 +86,12 @@ class Real:
             self.mask[1, TOKENS // 2 :] = 0
 
     def loss(self, model: nn.Module) -> Tensor:
-        logits = model(input_ids=self.ids, attention_mask=self.mask).logits
-        return nn.functional.cross_entropy(logits.float(), torch.zeros(BATCH, dtype=torch.long))
+        inputs, labels = {"input_ids": self.ids, "attention_mask": self.mask}, torch.zeros(BATCH, dtype=torch.long)
+        if self.task == "language_model":
+            return row_losses(model, inputs, self.ids).mean()
+        output = model(**inputs)
+        logits = [output.start_logits, output.end_logits] if self.task == "qa" else [output.logits]
+        return sum((nn.functional.cross_entropy(own.float(), labels) for own in logits), start=torch.zeros(()))
 
     def peak(self, estimator: GradientEstimator | None, chunk_bytes: int) -> int:
         def run() -> None:
@@ -110,9 +123,11 @@ ESTIMATORS: dict[str, tuple[Callable[[], GradientEstimator | None], Callable[[Dr
 CHUNKED = ("forward", "checkpointed", "guided")
 
 
-def misses(config: PreTrainedConfig, packed: bool, cases: list[tuple[str, int]]) -> dict[tuple[str, int], float]:
+def misses(
+    config: PreTrainedConfig, packed: bool, cases: list[tuple[str, int]], task: TaskKind = "classification"
+) -> dict[tuple[str, int], float]:
     """Predicted over measured, wherever they differ by more than 15 %."""
-    real, dry = Real(config, packed), DryRun(Work(config, RANK, BATCH, TOKENS, packed=packed))
+    real, dry = Real(config, packed, task=task), DryRun(Work(config, RANK, BATCH, TOKENS, packed=packed, task=task))
     ratios = {}
     for name, chunks in cases:
         estimator, predicted = ESTIMATORS[name]
@@ -125,6 +140,15 @@ def test_predictions_are_within_15_percent_of_the_meter(family: str) -> None:
     """Extrapolated from two and three layers to five, for every estimator; in small chunks, too."""
     cases = [*((name, DEFAULT_CHUNK_BYTES) for name in ESTIMATORS), *((name, SMALL_CHUNKS) for name in CHUNKED)]
     assert not misses(config_of(family), False, cases)
+
+
+@pytest.mark.parametrize(("task", "family"), [("qa", "bert"), ("language_model", "llama")])
+def test_predictions_with_other_losses(task: TaskKind, family: str) -> None:
+    """A vocabulary wide enough that its logits are what the peak is made of, unless they come in chunks."""
+    config = config_of(family)
+    config.vocab_size, config.num_labels = 4000, 2
+    cases = [(name, chunks) for name in CHUNKED for chunks in (DEFAULT_CHUNK_BYTES, SMALL_CHUNKS)]
+    assert not misses(config, False, cases, task)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

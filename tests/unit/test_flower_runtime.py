@@ -1,7 +1,7 @@
 """The Runtime over a grid of our own: nodes that answer, fall silent, start anew, or lie."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +144,25 @@ def test_a_node_started_anew_gets_its_task_again() -> None:
     answers = list(runtime.run([replace(task(client), deadline_seconds=5.0) for client in (0, 1)]))
     assert sorted(a.client for a in answers if isinstance(a, ClientUpdate)) == [0, 1]
     assert sorted((node, t.client) for node, t in grid.sent) == [(1, 0), (1, 0), (2, 1), (3, 1)]
+
+
+def test_a_node_that_was_gone_is_used_if_it_returns_before_the_deadline() -> None:
+    gone = Node(0, perform=lambda task: Error(ErrorCode.NODE_UNAVAILABLE, "gone"))
+    for returns in (True, False):
+        grid = Grid({1: gone})
+        looks = iter(range(10**6))
+
+        def before_client(grid: Grid = grid, looks: Iterator[int] = looks, returns: bool = returns) -> None:
+            look = next(looks)
+            if grid.sent:
+                grid.nodes = {2: Node(0)} if returns and look > 20 else {}
+
+        runtime = connected(grid, before_client=before_client)
+        (answer,) = runtime.run([replace(task(0), deadline_seconds=1.0)])
+        if returns:
+            assert (type(answer), [node for node, _ in grid.sent]) == (ClientUpdate, [1, 2])
+        else:
+            assert (answer.kind, answer.reason) == ("lost", "gone")
 
 
 def test_an_update_that_comes_too_late_is_handed_on_in_the_next_round() -> None:

@@ -58,7 +58,7 @@ def prompts_of(tokenizer, template: str, texts: list[tuple[str, ...]], max_token
     [
         ({"kind": "prompted"}, "needs a template and label_words"),
         ({"kind": "prompted", "template": "{text}:"}, "needs a template and label_words"),
-        ({"template": "{text}:"}, "template belong to kind = 'prompted'"),
+        ({"template": "{text}:"}, "template belongs to kind = 'prompted'"),
         ({"kind": "prompt"}, "task.kind"),
         ({"kind": "prompted", "template": "{txt}:", "label_words": WORDS}, "'{txt}' is not among data.text_columns"),
         ({"kind": "prompted", "template": "{txt}:", "label_words": WORDS}, "Did you mean 'text'?"),

@@ -4,7 +4,7 @@ A run's file is TOML with one table per part; `load_config` reads it, applies ov
 every problem at once, each with its remedy.
 """
 
-from spryfl.config.data import TASK_KINDS, DataConfig, PartitionConfig, TaskConfig, TaskKind
+from spryfl.config.data import TASK_KINDS, WITH_CLASSES, DataConfig, PartitionConfig, TaskConfig, TaskKind
 from spryfl.config.method import GuideConfig, MethodConfig
 from spryfl.config.model import ADAPTER_KINDS, AdapterConfig, ModelConfig
 from spryfl.config.privacy import PrivacyConfig
@@ -16,6 +16,7 @@ from spryfl.config.training import ClientsConfig, EvaluationConfig, LocalConfig,
 __all__ = [
     "ADAPTER_KINDS",
     "TASK_KINDS",
+    "WITH_CLASSES",
     "AdapterConfig",
     "ClientsConfig",
     "CompareConfig",

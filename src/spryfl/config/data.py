@@ -13,8 +13,10 @@ class DataConfig(Part):
 
     name: str = Field("builtin:movie_reviews", description="builtin:NAME, a hub id, a local file or folder")
     subset: str | None = Field(None, description="the hub dataset's configuration, such as 'mnli' of glue")
-    text_columns: tuple[str, ...] = Field(("text",), min_length=1, max_length=2, description="one, or two for pairs")
-    label_column: str = "label"
+    text_columns: tuple[str, ...] = Field(
+        ("text",), min_length=1, description="what is read, in order; classification: one, a pair, or three"
+    )
+    label_column: str = Field("label", description="what is predicted: a class, or qa's answers")
     test_split: str | None = Field(
         None, description="split evaluated on; test, else validation, by default; train cuts a part off that"
     )
@@ -24,28 +26,53 @@ class DataConfig(Part):
     max_test_examples: Positive | None = None
 
 
-TaskKind = Literal["classification", "prompted"]
+TaskKind = Literal["classification", "prompted", "qa", "language_model"]
 TASK_KINDS: dict[TaskKind, str] = {
     "classification": "a classification head, trained with the adapter, on any model",
     "prompted": "a decoder's next token after a prompt, compared among one label word a class; no head is trained",
+    "qa": "where in a context a question's answer stands, or that it does not; a head for both ends is trained",
+    "language_model": "a decoder writes a text, or its template's last column after the rest; no head is trained",
+}
+WITH_CLASSES: frozenset[TaskKind] = frozenset({"classification", "prompted"})
+"""Tasks whose rows have a class each."""
+_OF_KINDS: dict[str, tuple[TaskKind, ...]] = {
+    "template": ("prompted", "language_model"),
+    "label_words": ("prompted",),
+    "stride": ("qa",),
+    "max_answer_tokens": ("qa",),
+    "null_threshold": ("qa",),
 }
 
 
 class TaskConfig(Part):
-    """How a model is made to tell the classes apart."""
+    """What a model is made to tell of a text."""
 
     kind: TaskKind = "classification"
-    template: str | None = Field(None, description="prompted: the prompt, such as 'Review: {text}\\nSentiment:'")
+    template: str | None = Field(
+        None,
+        description="prompted: the prompt, such as 'Review: {text}\\nSentiment:'; language_model: prompt and answer, "
+        "such as '{instruction}\\n\\n{response}', of which the last column is learnt; by default the text",
+    )
     label_words: tuple[str, ...] | None = Field(
         None, description="prompted: one a class, in the order of the class numbers, such as [' negative', ' positive']"
     )
+    stride: int | None = Field(
+        None, ge=0, description="qa: tokens that neighbouring windows share; a quarter of data.max_tokens by default"
+    )
+    max_answer_tokens: Positive = Field(30, description="qa: longer answers are never given")
+    null_threshold: float = Field(
+        0.0, allow_inf_nan=False, description="qa: no answer is given where the null score exceeds the best by more"
+    )
 
     @model_validator(mode="after")
-    def _prompt_belongs_to_its_kind(self) -> "TaskConfig":
-        given = [name for name in ("template", "label_words") if getattr(self, name) is not None]
-        if self.kind != "prompted" and given:
-            raise ValueError(f"{' and '.join(given)} belong to kind = 'prompted': set it, or leave them out")
-        if self.kind == "prompted" and len(given) < 2:
+    def _fields_belong_to_their_kind(self) -> "TaskConfig":
+        for name, kinds in _OF_KINDS.items():
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} belongs to kind = {' or '.join(map(repr, kinds))}, not '{self.kind}': set it, or leave "
+                    f"{name} out"
+                )
+        if self.kind == "prompted" and (self.template is None or self.label_words is None):
             raise ValueError(
                 "kind = 'prompted' needs a template and label_words, such as template = 'Review: {text}\\nSentiment:' "
                 "and label_words = [' negative', ' positive']"
@@ -65,6 +92,11 @@ class TaskConfig(Part):
                 raise ValueError(f"'{{{column}}}' is given a format: write the column alone")
             found.append((literal, column))
         return tuple(found)
+
+    @property
+    def written_column(self) -> str | None:
+        """The column a language model learns to write, its template's last; None where it has no template."""
+        return self.pieces[-1][1] if self.template else None
 
 
 class PartitionConfig(Part):

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from spryfl.config.data import DataConfig, PartitionConfig, TaskConfig
+from spryfl.config.data import WITH_CLASSES, DataConfig, PartitionConfig, TaskConfig
 from spryfl.config.method import GuideConfig, MethodConfig
 from spryfl.config.model import AdapterConfig, ModelConfig
 from spryfl.config.part import Part
@@ -119,15 +119,54 @@ class RunConfig(Part):
         return self
 
     @model_validator(mode="after")
+    def _columns_suit_the_task(self) -> "RunConfig":
+        kind, columns = self.task.kind, list(self.data.text_columns)
+        if kind == "classification" and len(columns) > 3:
+            raise ValueError(
+                f"data.text_columns: classification reads three columns at most, not {columns}: leave some out, or set "
+                "task.kind = 'prompted' with a template"
+            )
+        if kind == "qa" and len(columns) != 2:
+            raise ValueError(
+                f"data.text_columns: task.kind = 'qa' reads two columns, the question and its context, not {columns}: "
+                "set data.text_columns = ['question', 'context'] and data.label_column = 'answers'"
+            )
+        if kind == "language_model" and self.task.template is None and len(columns) != 1:
+            raise ValueError(
+                f"data.text_columns: a text alone is one column, not {columns}: leave some out, or set task.template"
+            )
+        if kind not in WITH_CLASSES and self.partition.kind == "dirichlet":
+            raise ValueError(
+                f"partition.kind = 'dirichlet' shares rows by class, which task.kind = '{kind}' has none of: set "
+                "partition.kind = 'iid', 'quantity' or 'column'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _maps_suit_the_task(self) -> "RunConfig":
+        if self.guide.guess != "maps" or self.task.kind in WITH_CLASSES:
+            return self
+        if self.task.kind == "qa":
+            raise ValueError(
+                "guide.guess = 'maps': public text has no answers to fit on; set guide.guess = 'identity' for 'qa'"
+            )
+        if self.guide.across:
+            raise ValueError(
+                "guide.across = true takes a row's loss to sit on one token, and a language model's sits on many: set "
+                "guide.across = false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _template_takes_the_columns(self) -> "RunConfig":
-        if self.task.kind != "prompted":
+        if self.task.template is None:
             return self
         columns = self.data.text_columns
         try:
-            fields = {column for _, column in self.task.pieces if column is not None}
+            fields = [column for _, column in self.task.pieces if column is not None]
         except ValueError as error:
             raise ValueError(f"task.template: {error}; a brace that is no column is doubled, {{{{ or }}}}") from None
-        for field in sorted(fields.difference(columns)):
+        for field in sorted(set(fields).difference(columns)):
             raise ValueError(
                 f"task.template: '{{{field}}}' is not among data.text_columns = {list(columns)}."
                 f"{nearest(field, columns)} Add it there, or double the braces if it is no column"
@@ -137,6 +176,13 @@ class RunConfig(Part):
                 raise ValueError(
                     f"task.template: has no {{{column}}}, which is among data.text_columns: put it into the template, "
                     "or take it out there"
+                )
+        if self.task.kind == "language_model":
+            last = self.task.written_column
+            if last is None or fields.count(last) > 1:
+                raise ValueError(
+                    "task.template: a language model learns to write the last column, so the template must end with "
+                    "it, and it must stand there alone: move it, or take away what follows"
                 )
         return self
 

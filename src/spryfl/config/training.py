@@ -71,6 +71,11 @@ class EvaluationConfig(Part):
     generalized: When = Field("end", description="the global model on clients' held-out rows; every: as the test split")
     personalized: When = Field("end", description="after each client's local training; costs more than a round")
     max_clients: Positive | None = Field(None, description="evaluated, drawn once from the seed; all by default")
+    num_samples: int = Field(
+        3,
+        ge=0,
+        description="test rows whose answers go into samples.jsonl at the end, where the task has any",
+    )
 
     @model_validator(mode="after")
     def _clients_hold_something_out(self) -> "EvaluationConfig":

@@ -50,17 +50,40 @@ class Classification:
 
 
 def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:
-    """Token ids of every row, truncated to `max_tokens`.
+    """Token ids of every row, truncated to `max_tokens`: the longer text of a pair first.
+
+    Of three texts (a paragraph, a question, an answer to judge) the second and third make one, the tokenizer's
+    separator between them, and the first alone is cut, as what it is asked for must be read whole. Where those two
+    leave no room for any of the first, the longer side is cut as in pairs.
 
     Raises:
         DataError: `max_tokens` exceeds what the model can read.
     """
     limit = token_limit(config, tokenizer)
     texts = [list(rows[column]) for column in config.text_columns]
-    encoded = tokenizer(*texts, truncation=True, max_length=limit)
+    if len(texts) == 3:
+        encoded = _cut_first(texts[0], _joined(texts[1], texts[2], tokenizer), limit, tokenizer)
+    else:
+        encoded = tokenizer(*texts, truncation=True, max_length=limit)
     names = list(encoded)
     encodings = [dict(zip(names, values, strict=True)) for values in zip(*(encoded[n] for n in names), strict=True)]
     return Examples(encodings, np.asarray(rows[config.label_column][:], dtype=np.int64))
+
+
+def _joined(seconds: Sequence[str], thirds: Sequence[str], tokenizer: Any) -> list[str]:
+    separator = "\n" if tokenizer.sep_token is None else f" {tokenizer.sep_token} "
+    return [f"{second}{separator}{third}" for second, third in zip(seconds, thirds, strict=True)]
+
+
+def _cut_first(firsts: list[str], seconds: list[str], limit: int, tokenizer: Any) -> dict[str, list[list[int]]]:
+    """Encoded pairs of at most `limit` tokens, the first text cut where the second leaves it any room."""
+    taken = tokenizer.num_special_tokens_to_add(pair=True)
+    lengths = [len(ids) + taken for ids in tokenizer(seconds, add_special_tokens=False)["input_ids"]]
+    encoded = [
+        tokenizer(first, second, truncation="only_first" if length < limit else "longest_first", max_length=limit)
+        for first, second, length in zip(firsts, seconds, lengths, strict=True)
+    ]
+    return {name: [row[name] for row in encoded] for name in encoded[0]}
 
 
 def token_limit(config: DataConfig, tokenizer: Any) -> int:

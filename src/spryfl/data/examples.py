@@ -15,11 +15,18 @@ class Examples:
 
     Attributes:
         encodings: model inputs of one row each, unpadded.
-        labels: (rows,) class numbers.
+        labels: (rows, ..) what the task predicts: a class number; where an answer begins; where one begins and ends.
+        sources: (rows,) the number of the dataset's row that each was made from, in order: long ones make several.
+            None where each made one.
     """
 
     encodings: list[dict[str, list[int]]]
     labels: np.ndarray
+    sources: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.encodings)
+
+    def made_from(self, sources: np.ndarray) -> np.ndarray:
+        """The rows made from some rows of the dataset."""
+        return sources if self.sources is None else np.flatnonzero(np.isin(self.sources, sources))

@@ -11,8 +11,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from spryfl.config import DataConfig
+from spryfl.config import WITH_CLASSES, DataConfig, TaskConfig
 from spryfl.data.builtin import PREFIX, find_dataset
+from spryfl.data.checks import check_columns
 from spryfl.errors import DataError, nearest
 
 # The readers, not load_dataset("csv", ..): that one tells the hub's servers that a file was loaded.
@@ -23,48 +24,58 @@ READERS: dict[str, Callable[..., Dataset]] = {
     ".jsonl": Dataset.from_json,
     ".json": Dataset.from_json,
 }
+CLASSIFICATION = TaskConfig()
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
 
 
 @dataclass(frozen=True)
-class LabelledRows:
-    """Train and test rows whose labels are class numbers.
+class Rows:
+    """Train and test rows, checked.
 
     Attributes:
-        train, test: with the configured text columns and an integer column `label_column`.
-        num_labels: classes, counted on train.
-        label_names: one a class.
+        train, test: with the configured text columns; where there are classes, `label_column` holds their numbers.
+        label_names: one a class; none where the task has no classes.
     """
 
     train: Dataset
     test: Dataset
-    num_labels: int
-    label_names: tuple[str, ...]
+    label_names: tuple[str, ...] = ()
+
+    @property
+    def num_labels(self) -> int:
+        """Classes."""
+        return len(self.label_names)
+
+    def classes(self, column: str) -> np.ndarray:
+        """(train rows,) class numbers; all zero where there are no classes."""
+        return np.asarray(self.train[column][:]) if self.label_names else np.zeros(len(self.train), dtype=np.int64)
 
 
-def load_rows(config: DataConfig, seed: int) -> LabelledRows:
+def load_rows(config: DataConfig, seed: int, task: TaskConfig = CLASSIFICATION) -> Rows:
     """Load a dataset and check that it can be trained on.
 
     Args:
         seed: of the test split, where one must be cut, and of any subsampling.
+        task: says what its rows must hold.
 
     Raises:
-        DataError: missing files, columns or splits; labels that are not class numbers.
+        DataError: missing files, columns or splits; labels that are not class numbers; answers outside their context.
     """
     with quietly():
         splits = load_splits(config)
         train, test = _train_and_test(splits, config, seed)
-        columns = [*config.text_columns, config.label_column]
         for split, rows in (("train", train), ("test", test)):
-            _check_columns(rows, columns, split, config)
-        train, test, names = _with_class_numbers(train, test, config)
+            check_columns(rows, split, config, task)
+        names: tuple[str, ...] = ()
+        if task.kind in WITH_CLASSES:
+            train, test, names = _with_class_numbers(train, test, config)
         train = _at_most(train, config.max_train_examples, seed)
         test = _at_most(test, config.max_test_examples, seed)
-    return LabelledRows(train, test, len(names), names)
+    return Rows(train, test, names)
 
 
-def load_own_rows(config: DataConfig, label_names: Sequence[str]) -> LabelledRows:
-    """A client's own data, all of it to train on, with labels numbered as the server numbers them.
+def load_own_rows(config: DataConfig, label_names: Sequence[str], task: TaskConfig = CLASSIFICATION) -> Rows:
+    """A client's own data, all of it to train on, with classes numbered as the server numbers them.
 
     Raises:
         DataError: missing files or columns, or a label the server does not know.
@@ -74,7 +85,9 @@ def load_own_rows(config: DataConfig, label_names: Sequence[str]) -> LabelledRow
         if "train" not in splits:
             raise DataError(f"data = '{config.name}': no split named train; it has {sorted(splits)}")
         train = splits["train"]
-        _check_columns(train, [*config.text_columns, config.label_column], "train", config)
+        check_columns(train, "train", config, task)
+    if task.kind not in WITH_CLASSES:
+        return Rows(train, train.select([]))
     number = {name: index for index, name in enumerate(label_names)}
     labels = [number.get(str(label), -1) for label in train[config.label_column][:]]
     if -1 in labels:
@@ -84,7 +97,7 @@ def load_own_rows(config: DataConfig, label_names: Sequence[str]) -> LabelledRow
             f"which is none of the server's: {', '.join(label_names)}"
         )
     train = train.remove_columns(config.label_column).add_column(config.label_column, labels)
-    return LabelledRows(train, train.select([]), len(label_names), tuple(label_names))
+    return Rows(train, train.select([]), tuple(label_names))
 
 
 def load_splits(config: DataConfig) -> Mapping[str, Dataset]:
@@ -122,6 +135,8 @@ def _read_files(files: Mapping[str, Path], config: DataConfig) -> dict[str, Data
         try:
             result[split] = reader(str(path))
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+            if "corresponds to no data" in str(error):
+                raise DataError(f"{path}: no rows in it: leave it out, or fill it") from error
             cause = error.__cause__ or error
             raise DataError(
                 f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(cause).split())[:200]}"
@@ -158,23 +173,6 @@ def _train_and_test(splits: Mapping[str, Dataset], config: DataConfig, seed: int
         raise DataError(f"data.name = '{config.name}': {len(train)} rows are too few to cut a test split from")
     order = _permutation(len(train), seed)
     return train.select(np.sort(order[num_test:])), train.select(np.sort(order[:num_test]))
-
-
-def _check_columns(rows: Dataset, columns: list[str], split: str, config: DataConfig) -> None:
-    if len(rows) == 0:
-        raise DataError(f"data.name = '{config.name}': split {split} has no rows")
-    for column in columns:
-        if column not in rows.column_names:
-            key = "label_column" if column == config.label_column else "text_columns"
-            raise DataError(
-                f"data.{key}: split {split} has no column '{column}'.{nearest(column, rows.column_names)} "
-                f"It has {rows.column_names}"
-            )
-    for column in config.text_columns:
-        # Read by column, so that a number or a null among the texts is named by its row.
-        for index, value in enumerate(rows[column]):
-            if not isinstance(value, str):
-                raise DataError(f"data.text_columns: {split} row {index}, column '{column}' holds {value!r}, not text")
 
 
 def _with_class_numbers(train: Dataset, test: Dataset, config: DataConfig) -> tuple[Dataset, Dataset, tuple[str, ...]]:

@@ -39,7 +39,17 @@ class Prompts:
     def render(self, texts: Sequence[str]) -> str:
         """The prompt of one row's texts, one a column."""
         by_column = dict(zip(self.columns, texts, strict=True))
-        return "".join(literal + ("" if column is None else by_column[column]) for literal, column in self.task.pieces)
+        pieces = self.task.pieces or (("", self.columns[0]),)
+        return "".join(literal + ("" if column is None else by_column[column]) for literal, column in pieces)
+
+    def require_room(self, limit: int) -> None:
+        """Raise DataError if the template alone takes all of `limit` tokens."""
+        (alone,) = self.encode([self.render([""] * len(self.columns))])
+        if len(alone) >= limit:
+            raise DataError(
+                f"data.max_tokens = {limit}: the template alone takes {len(alone)} tokens, which leaves none to the "
+                "text; raise it, or shorten task.template"
+            )
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole prompts. What a tokenizer appends (BERT's [SEP]) would come between prompt and word."""
@@ -52,12 +62,15 @@ class Prompts:
             found.append(ids[:end])
         return found
 
-    def within(self, texts: Sequence[str], ids: list[int], limit: int) -> list[int]:
+    def within(self, texts: Sequence[str], ids: list[int], limit: int) -> tuple[list[str], list[int]]:
         """A prompt in at most `limit` tokens, cut in its texts, longest first: the template survives whole.
 
         Args:
             texts: one a column.
             ids: of their prompt.
+
+        Returns:
+            The texts as cut, and the token ids of their prompt.
         """
         texts = list(texts)
         while len(ids) > limit:
@@ -65,7 +78,7 @@ class Prompts:
             kept = longest_first([len(s) for s in spans], len(ids) - limit)
             texts = [t[: s[n][0]] if n < len(s) else t for t, s, n in zip(texts, spans, kept, strict=True)]
             (ids,) = self.encode([self.render(texts)])  # tokens merge across a cut, so count again
-        return ids
+        return texts, ids
 
     def words(self) -> list[int]:
         """The first token of each label word, as the tokenizer reads it after the template.
@@ -183,14 +196,9 @@ def tokenize_prompts(rows: Dataset, config: DataConfig, task: TaskConfig, tokeni
     """
     limit = token_limit(config, tokenizer)
     prompts = Prompts(task, config.text_columns, tokenizer)
-    (alone,) = prompts.encode([prompts.render([""] * len(config.text_columns))])
-    if len(alone) >= limit:
-        raise DataError(
-            f"data.max_tokens = {limit}: the template alone takes {len(alone)} tokens, which leaves none to the text; "
-            "raise it, or shorten task.template"
-        )
+    prompts.require_room(limit)
     texts = list(zip(*(rows[column][:] for column in config.text_columns), strict=True))
     encoded = prompts.encode([prompts.render(row) for row in texts])
-    fitted = [prompts.within(row, ids, limit) for row, ids in zip(texts, encoded, strict=True)]
+    fitted = [prompts.within(row, ids, limit)[1] for row, ids in zip(texts, encoded, strict=True)]
     labels = np.asarray(rows[config.label_column][:], dtype=np.int64)
     return Examples([{"input_ids": ids} for ids in fitted], labels)

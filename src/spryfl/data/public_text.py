@@ -11,7 +11,7 @@ from spryfl.errors import DataError, nearest
 
 
 def load_public_text(guide: GuideConfig, data: DataConfig, num_labels: int, seed: int) -> Dataset:
-    """Some rows of the public text, shuffled, with random labels: nothing of the task's own.
+    """Some rows of the public text, shuffled, with random labels where there are classes: nothing of the task's own.
 
     Args:
         guide: names the text: any dataset by name, of which the train split is read, or a file of plain text, a text
@@ -31,7 +31,9 @@ def load_public_text(guide: GuideConfig, data: DataConfig, num_labels: int, seed
     if len(chosen) == 0:
         raise DataError(f"guide.text = '{name}': no text in it")
     rows = {own: [column[i] for i in chosen] for own, column in zip(data.text_columns, texts, strict=True)}
-    return Dataset.from_dict(rows | {data.label_column: generator.integers(0, num_labels, len(chosen)).tolist()})
+    if num_labels:
+        rows |= {data.label_column: generator.integers(0, num_labels, len(chosen)).tolist()}
+    return Dataset.from_dict(rows)
 
 
 def _lines(path: Path, num_columns: int) -> list[list[str]]:

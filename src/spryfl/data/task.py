@@ -2,16 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spryfl.data.examples import Batch, Examples
+from spryfl.data.metrics import binary_f1
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
 """Metrics of which less is better."""
+
+
+Sample = dict[str, str]
+"""What a model answered to one row, beside what it was given and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Answers(Protocol):
+    """A task whose answers are worth reading."""
+
+    def samples(self, model: nn.Module, examples: Examples, rows: Sequence[int]) -> list[Sample]:
+        """The model's answers to some rows."""
+        ...
+
+
 class Classifier(Protocol):
     """A task whose model gives one score a class."""
 
@@ -55,15 +69,21 @@ class Classifier(Protocol):
 def evaluate_classes(
     task: Classifier, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int
 ) -> Evaluation:
-    """Mean cross-entropy and accuracy."""
-    total_loss, correct = 0.0, 0
+    """Mean cross-entropy and accuracy; of two classes the F1 of class 1 too."""
+    total_loss = 0.0
+    predicted, labels = [], []
     with torch.inference_mode():
         for part in longest_first_batches(examples, rows, batch_size):
             batch = task.batch(examples, part)
             logits = task.logits(model, batch)
             total_loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            correct += int((logits.argmax(-1) == batch["labels"]).sum())
-    return Evaluation(total_loss / len(rows), {"accuracy": correct / len(rows)}, len(rows))
+            predicted.append(logits.argmax(-1).cpu().numpy())
+            labels.append(batch["labels"].cpu().numpy())
+    answers, right = np.concatenate(predicted), np.concatenate(labels)
+    metrics = {"accuracy": float((answers == right).mean())}
+    if logits.shape[-1] == 2:
+        metrics["f1"] = binary_f1(answers, right)
+    return Evaluation(total_loss / len(rows), metrics, len(rows))
 
 
 def longest_first_batches(examples: Examples, rows: Sequence[int], batch_size: int) -> list[list[int]]:

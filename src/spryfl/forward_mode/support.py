@@ -75,7 +75,7 @@ def check_support(model: nn.Module) -> SupportReport:
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             problems.setdefault("", _problem("", model, error))
         else:
-            if not problems and num_tangents(output.logits) == 0:
+            if not problems and num_tangents(output[0]) == 0:
                 problems[""] = Problem("(whole model)", type(model).__name__, DROPPED, DEFAULT_REMEDY)
     return SupportReport(len(paths), tuple(problems.values()))
 

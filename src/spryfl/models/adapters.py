@@ -41,7 +41,7 @@ ATTENTION_OUTPUT = "attention.output.dense"  # BERT's, which ends as the feed-fo
 NAME = "default"  # PEFT's name of a model's only adapter
 
 
-def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
+def _lora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType | None) -> PeftConfig:
     """LoRA (Hu et al. 2022): W x + (alpha / r) B A x, with A (r x in) and B (out x r) trained."""
     return LoraConfig(
         r=config.rank,
@@ -123,7 +123,7 @@ def _freeze_all(model: PeftModel, config: AdapterConfig) -> None:
         raise ModelError("adapter.kind = 'head': this task trains no head; choose another kind, such as 'lora'")
 
 
-def _vera(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
+def _vera(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType | None) -> PeftConfig:
     """VeRA (Kopiczko et al. 2024): W x + b * B (d * A x); b (out) and d (r) trained, A and B one pair for all."""
     return VeraConfig(
         r=config.rank,
@@ -136,7 +136,7 @@ def _vera(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], ta
     )
 
 
-def _tinylora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType) -> PeftConfig:
+def _tinylora(config: AdapterConfig, targets: Sequence[str], head: Sequence[str], task: TaskType | None) -> PeftConfig:
     """TinyLoRA (arXiv:2602.04118): W x + B (sum_i v_i P_i) A x, with v trained, P random, A and B from W's SVD."""
     return TinyLoraConfig(
         r=config.rank,
@@ -175,7 +175,7 @@ class Adapter:
         default_targets: names of modules by model family; the first that are all present are adapted.
     """
 
-    configure: Callable[[AdapterConfig, Sequence[str], Sequence[str], TaskType], PeftConfig]
+    configure: Callable[[AdapterConfig, Sequence[str], Sequence[str], TaskType | None], PeftConfig]
     finish: Callable[[PeftModel, AdapterConfig], None] = lambda model, config: None
     weights: Literal["any", "resident", "dense"] = "any"
     default_targets: Sequence[tuple[str, ...]] = QUERY_VALUE

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import TaskType
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from spryfl.config import TaskKind
@@ -22,16 +22,24 @@ class ModelClass:
 
     Attributes:
         auto: transformers' class that makes one of a configuration.
-        peft: what PEFT calls it; it decides which class opens the saved adapter.
+        peft: what PEFT calls it; it decides which class opens the saved adapter. None takes PEFT's general one, as
+            the one for question answering (0.21) drops token_type_ids.
     """
 
     auto: Any
-    peft: TaskType
+    peft: TaskType | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it goes on with a text, so that what it knows lies in all of its weights."""
+        return self.peft is TaskType.CAUSAL_LM
 
 
 MODEL_CLASSES: dict[TaskKind, ModelClass] = {
     "classification": ModelClass(AutoModelForSequenceClassification, TaskType.SEQ_CLS),
     "prompted": ModelClass(AutoModelForCausalLM, TaskType.CAUSAL_LM),
+    "qa": ModelClass(AutoModelForQuestionAnswering, None),
+    "language_model": ModelClass(AutoModelForCausalLM, TaskType.CAUSAL_LM),
 }
 
 
@@ -51,15 +59,23 @@ def quietly() -> Iterator[None]:
 
 
 def require_class(config: Any, name: str, task: TaskKind) -> None:
-    """Raise ModelError if a task needs a decoder and this transformers configuration is none's.
+    """Raise ModelError if a task needs a model that this transformers configuration has none of.
 
     Transformers makes a "causal" BERT too, which sees the whole text and never learned to go on with it.
     """
-    if task != "prompted" or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+    made = MODEL_CLASSES[task]
+    if made.auto.__name__ in (getattr(config, "auto_map", None) or {}) or task == "classification":
+        return
+    if task == "qa":
+        if type(config) not in AutoModelForQuestionAnswering._model_mapping:
+            raise ModelError(
+                f"task.kind = 'qa': transformers has no question answering for {name}, a {config.model_type} model: "
+                "take another, such as builtin:minilm"
+            )
         return
     if type(config) not in AutoModelForCausalLM._model_mapping or not _is_causal(config):
         raise ModelError(
-            f"task.kind = 'prompted': {name} is a {config.model_type} model, no decoder that goes on with a prompt: "
+            f"task.kind = '{task}': {name} is a {config.model_type} model, no decoder that goes on with a prompt: "
             "take one such as builtin:smollm2, or task.kind = 'classification'"
         )
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from spryfl.config import AdapterConfig, TaskKind
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run
 from spryfl.forward_mode.inject import injected
+from spryfl.forward_mode.loss import row_losses
 from spryfl.forward_mode.next_token import next_token_logits, takes_positions
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.guided import GuidedGradient
@@ -180,11 +181,17 @@ class HollowModel:
             self._labels = torch.zeros(work.batch, dtype=torch.long)
 
     def loss(self, model: nn.Module) -> Tensor:
-        """As `data.classification` or `data.prompted` has it, of a batch without padding."""
+        """As the task's own in `data`, of a batch without padding, all of whose tokens are to be written."""
+        if self._task == "language_model":
+            return row_losses(model, self._inputs, self._inputs["input_ids"]).mean()
         if self._task == "prompted":
-            logits = next_token_logits(model, self._inputs, self._words)
-        else:
-            logits = model(**self._inputs).logits
+            return self._cross_entropy(next_token_logits(model, self._inputs, self._words))
+        output = model(**self._inputs)
+        if self._task == "qa":
+            return self._cross_entropy(output.start_logits) + self._cross_entropy(output.end_logits)
+        return self._cross_entropy(output.logits)
+
+    def _cross_entropy(self, logits: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits.float(), self._labels)
 
     def infer(self) -> None:

@@ -6,25 +6,26 @@ from torch import nn
 
 from spryfl.config import TaskKind
 from spryfl.errors import ModelError
+from spryfl.models.classes import MODEL_CLASSES
 
-# A classification head by the names transformers gives it. A head is also whatever the checkpoint lacks.
-HEAD_NAMES = ("classifier", "score", "pre_classifier")
+# A head by the names transformers gives it. A head is also whatever the checkpoint lacks.
+HEAD_NAMES = ("classifier", "score", "pre_classifier", "qa_outputs")
 
 
 def head_modules(base: nn.Module, missing: Sequence[str], task: TaskKind = "classification") -> list[str]:
     """Top-level modules to train in full: the known heads, and all that the checkpoint did not hold.
 
     A module the checkpoint lacks has random values that no one else can reproduce, so it must be
-    trained and saved with the adapter (DistilBERT's pre_classifier, a missing pooler). A prompted model has nothing
+    trained and saved with the adapter (DistilBERT's pre_classifier, a missing pooler). A model that writes has nothing
     of the kind: what it knows before training lies in all of its weights.
 
     Raises:
-        ModelError: a prompted model lacks weights.
+        ModelError: a model that writes lacks weights.
     """
-    if task == "prompted":
+    if MODEL_CLASSES[task].writes:
         if missing:
             raise ModelError(
-                f"task.kind = 'prompted': the checkpoint lacks {len(missing)} tensors, such as {sorted(missing)[0]}: "
+                f"task.kind = '{task}': the checkpoint lacks {len(missing)} tensors, such as {sorted(missing)[0]}: "
                 "take one saved with its language-model head"
             )
         return []

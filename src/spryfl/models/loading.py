@@ -213,15 +213,18 @@ def resolve_dtype(name: str, device: torch.device, low_precision: bool = True) -
 
 
 def _prepare(base: PreTrainedModel, tokenizer: Any) -> None:
-    """Padding known to model and tokenizer; no key-value cache and no list of hidden states.
+    """Padding and length known to model and tokenizer; no key-value cache and no list of hidden states.
 
-    Both would keep every layer's; and a hidden state with tangents is overwritten by the layer it goes into.
+    Both of these would keep every layer's; and a hidden state with tangents is overwritten by the layer it goes into.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     base.config.pad_token_id = tokenizer.pad_token_id
     base.config.use_cache = False
     base.config.output_hidden_states = False
+    # Tokenizers of decoders often state no limit, and what lies beyond the model's is an index error at best.
+    most = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, most or tokenizer.model_max_length)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ events.jsonl            one round a line
 checkpoint.safetensors  the state after the last round
 estimator-choice.json   what the choice of clients' estimators rests on, where they are chosen
 adapter/                the trained adapter and head, in PEFT's format
+samples.jsonl           what the trained model answers to some test rows, where the task has answers to read
 summary.json            once the run is done
 progress.png            the main metric and the loss over rounds; comparison.png: of several runs
 partition.png           which labels each client holds, and how many rows
@@ -14,7 +15,7 @@ compare/NAME/           the same, for each compared run
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,12 @@ class RunDirectory:
             return Calibration(row["speeds"], {int(place): cosine for place, cosine in row["cosines"].items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunDirectoryError(f"{self.choice_file}: not of ours, or damaged: {error}") from error
+
+    def write_samples(self, samples: Sequence[Mapping[str, str]]) -> None:
+        """One a line; no file where there are none."""
+        if samples:
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            write_atomically(self.path / "samples.jsonl", lines.encode())
 
     def write_summary(self, summary: Summary) -> None:
         write_atomically(self.summary_file, (json.dumps(summary.as_row(), indent=2) + "\n").encode())

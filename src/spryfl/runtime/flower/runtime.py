@@ -27,7 +27,8 @@ _KINDS: dict[int, FailureKind] = {ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "raised
 class FlowerRuntime:
     """Performs tasks on the nodes that hold their clients' partitions.
 
-    A node that is started anew during a round gets its task again. Answers to tasks of earlier rounds are handed on as
+    A node that is started anew during a round gets its task again; one that is gone may come back until the deadline.
+    Answers to tasks of earlier rounds are handed on as
     they come: the round loop counts them as late.
 
     Args:
@@ -72,12 +73,16 @@ class FlowerRuntime:
                 yield self._missing(client)
         self._send(list(open_tasks.values()))
         end = time.monotonic() + (_patience(tasks[0]) or math.inf)
+        gone: dict[int, ClientFailure] = {}
         while open_tasks and time.monotonic() < end:
             self._before_client()
             for task, answer in self._answers():
                 if isinstance(answer, ClientFailure) and any(task is sent for sent, _ in self._sent.values()):
                     continue  # where it was sent first; where it was sent again it is still awaited
                 current = open_tasks.get(task.client) is task
+                if current and isinstance(answer, ClientFailure) and self._may_return(answer, end):
+                    gone[task.client] = answer
+                    continue
                 if current:
                     del open_tasks[task.client]
                 elif task.round == tasks[0].round or isinstance(answer, ClientFailure):
@@ -87,7 +92,14 @@ class FlowerRuntime:
             self._send([task for task in open_tasks.values() if self._moved(task)])
             time.sleep(POLL_SECONDS)
         for client in open_tasks:
-            yield ClientFailure(client, "no answer by its deadline", "deadline")
+            yield gone.get(client, ClientFailure(client, "no answer by its deadline", "deadline"))
+
+    def _may_return(self, failure: ClientFailure, end: float) -> bool:
+        """Whether the client's node is gone and the round's deadline lets it come back."""
+        if failure.kind != "lost" or end == math.inf:
+            return False
+        self._look(now=True)
+        return self._presence.session(failure.client) is None
 
     def evaluate(self, tasks: Sequence[EvaluationTask]) -> Iterator[ClientEvaluation | ClientFailure]:
         """See `Runtime.evaluate`: clients are not asked over Flower, and `server_app` refuses runs that would."""
