@@ -120,6 +120,13 @@ def test_problems_of_all_cells_show_at_once_and_each_once(tmp_path: Path) -> Non
     assert not suite.out.exists()
 
 
+def test_public_text_is_looked_at_too(tmp_path: Path) -> None:
+    guided = {"guide.guess": "maps", "guide.text": "builtin:product_reviews", "guide.text_columns": ["txet"]}
+    suite = read(tmp_path, method=[{"name": "spry"}, {"name": "spry_guided", "set": guided}], seeds=[0])
+    with pytest.raises(ConfigError, match=r"^reviews/spry_guided/0, long/spry_guided/0: guide.text_columns: .*'text'"):
+        check_cells(suite, suite.cells())
+
+
 def test_a_problem_of_every_cell_names_none(tmp_path: Path) -> None:
     suite = read(tmp_path, base={"server": {"num_rounds": 0}}, seeds=[0])
     with pytest.raises(ConfigError, match=r"^server.num_rounds: Input should be greater than or equal to 1 \(got 0\)$"):

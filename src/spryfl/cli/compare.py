@@ -41,7 +41,7 @@ def compare(
     console = SuiteConsole(left, hidden=quiet or as_json)
     try:
         with console:
-            rows = perform(work, cells, [console, Interruption()])
+            rows = perform(work, cells, [console, Interruption()], console.tell)
     except KeyboardInterrupt:
         print(f"Stopped; {work.out}/report.html has what is done. Go on with the same command", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -8,7 +8,9 @@ from itertools import product
 
 from spryfl.compare.cells import Cell, Suite, collected
 from spryfl.compare.search import read_outcome, require_same_search, search_config
+from spryfl.config import RunConfig
 from spryfl.data.loading import load_rows
+from spryfl.data.public_text import load_public_text
 from spryfl.errors import SpryError
 from spryfl.run import require_same
 from spryfl.tracking.run_directory import RunDirectory
@@ -48,11 +50,17 @@ def _problems(suite: Suite, cell: Cell, known: dict[str, str | None]) -> Iterato
         yield there
     elif not suite.is_finished(cell):
         config = suite.run_config(cell)
-        key = config.data.model_dump_json()  # looked at once, whatever the seed
+        key = config.data.model_dump_json() + config.guide.model_dump_json()  # looked at once, whatever the seed
         if key not in known:
-            known[key] = _problem(lambda: load_rows(config.data, config.seed))
+            known[key] = _problem(lambda: _load_texts(config))
         if (problem := known[key]) is not None:
             yield problem
+
+
+def _load_texts(config: RunConfig) -> None:
+    rows = load_rows(config.data, config.seed)
+    if config.guide.text is not None:
+        load_public_text(config.guide, config.data, rows.num_labels, config.seed)
 
 
 def _problem(attempt: Callable[[], object]) -> str | None:

@@ -1,6 +1,6 @@
 """A suite's runs, one after another, each resumable on its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from spryfl.compare.cells import Cell, Suite, in_order
 from spryfl.compare.checking import check_cells
@@ -12,11 +12,19 @@ from spryfl.run import run_in
 from spryfl.tracking.events import Observer
 
 
-def compare(suite: Suite, cells: Sequence[Cell], observers: Sequence[Observer] = ()) -> list[ResultRow]:
+def compare(
+    suite: Suite,
+    cells: Sequence[Cell],
+    observers: Sequence[Observer] = (),
+    tell: Callable[[str], None] = lambda problem: None,
+) -> list[ResultRow]:
     """Do what is left of some cells of a suite, then report on all its runs that are finished.
 
     Results are written after each run, so a suite that was killed has them too. A run that fails does not keep the
     others from theirs; a search is done when its first run is due.
+
+    Args:
+        tell: told of each run that failed, when it did.
 
     Raises:
         SpryError: before any work, with everything that is wrong with the cells; after all of it, with the runs that
@@ -31,6 +39,7 @@ def compare(suite: Suite, cells: Sequence[Cell], observers: Sequence[Observer] =
                 _perform(suite, cell, observers)
             except SpryError as error:
                 failures.append(f"{cell.name} failed: {error}")
+                tell(failures[-1])
             write_results(suite)
     finally:
         rows = write_report(suite)

@@ -46,6 +46,10 @@ class SuiteConsole(ConsoleObserver):
         text = f"{done}{summary.label}: {score}{summary.client_cpu_seconds:.0f} s of clients' CPU"
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    def tell(self, problem: str) -> None:
+        """A line above the display."""
+        self._console.print(problem, style="red", highlight=False, soft_wrap=True, markup=False)
+
     def _remove_present(self) -> None:
         if self._current != self._all:
             self._progress.remove_task(self._current)
