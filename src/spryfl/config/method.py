@@ -54,7 +54,7 @@ class MethodConfig(Part):
     budget: Size | None = Field(None, description="budgeted: bytes of layer inputs kept, such as '64MiB' or '1.5GB'")
     head: Literal["every", "cycle"] = Field("every", description="the head goes to every client, or takes its turn")
     deal: Literal["unit", "layer"] = Field(
-        "unit", description="what goes to one client together: an adapted module, or all of a layer's"
+        "unit", description="what split methods give one client together: an adapted module, or all of a layer's"
     )
     rotate: bool = Field(True, description="start the cycle one unit further each round")
     upload: Literal["values", "slopes"] | None = Field(None, description="what travels up; the method's own by default")
@@ -93,8 +93,6 @@ class MethodConfig(Part):
             raise ValueError("exact_head: the head's gradient cannot be rebuilt from slopes; set upload = 'values'")
         if self.estimator == "auto" and self.checkpointing != "none":
             raise ValueError(f"checkpointing = '{self.checkpointing}': estimator = 'auto' chooses it; leave it out")
-        if self.deal == "layer" and METHODS[self.name].assignment == "all":
-            raise ValueError(f"deal = 'layer': method '{self.name}' gives every unit to every client; leave it out")
         if self.checkpointing == "budgeted" and self.budget is None:
             raise ValueError("checkpointing = 'budgeted' needs a budget, such as budget = '64MiB'")
         if self.budget is not None and self.checkpointing != "budgeted":
