@@ -63,7 +63,8 @@ def run(
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
-    plot_partition(bench.label_counts, directory.path)
+    if config.partition.kind != "own":  # the server does not know what clients hold
+        plot_partition(bench.label_counts, directory.path)
 
     def before_client() -> None:
         for observer in observers:
@@ -104,12 +105,17 @@ def run_in(config: RunConfig, folder: Path, observers: Sequence[Observer] = (), 
         RunDirectoryError: the folder holds a run of other settings.
     """
     directory = RunDirectory(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    hold_to(directory, config)
+    return run(directory.read_config(), directory, observers, label or config.label or config.method.name)
+
+
+def hold_to(directory: RunDirectory, config: RunConfig) -> None:
+    """Write the configuration of a new run, or see that the run that is there has the same."""
     if directory.config_file.exists():
         require_same(directory, config)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         directory.write_config(config)
-    return run(directory.read_config(), directory, observers, label or config.label or config.method.name)
 
 
 def require_same(directory: RunDirectory, config: RunConfig) -> None:
@@ -117,8 +123,8 @@ def require_same(directory: RunDirectory, config: RunConfig) -> None:
     differing = directory.read_config().differences(config)
     if differing:
         raise RunDirectoryError(
-            f"{directory.path} holds a run of other settings ({'; '.join(differing)}): choose another --out, or remove "
-            "that folder to run it anew"
+            f"{directory.path} holds a run of other settings ({'; '.join(differing)}): choose another folder, or "
+            "remove that one to run it anew"
         )
 
 
@@ -140,7 +146,7 @@ def on_this_machine(bench: Workbench, before_client: Callable[[], None]) -> Iter
     if bench.config.partition.kind == "own":
         raise ConfigError(
             "partition.kind = 'own': clients that bring their own data are other machines': run it over Flower (spry "
-            "init --flower DIR), or choose 'dirichlet', 'iid' or 'column'"
+            "init --flower DIR), or choose 'dirichlet', 'quantity', 'iid' or 'column'"
         )
     settings = bench.config.runtime
     if settings.num_workers == 1:

@@ -102,7 +102,7 @@ def test_a_killed_suite_repeats_nothing(table: dict[str, Any], tmp_path: Path) -
     changed = Suite(
         SuiteConfig.model_validate(table | {"base": table["base"] | {"local": {"batch_size": 2}}}), whole.out
     )
-    with pytest.raises(SpryError, match=r"run of other settings \(local.batch_size: 4, now 2\): choose another --out"):
+    with pytest.raises(SpryError, match=r"run of other settings \(local.batch_size: 4, now 2\): choose another folder"):
         compare(changed, changed.cells())
 
 

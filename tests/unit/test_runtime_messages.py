@@ -34,14 +34,17 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         TASK,
         replace(TASK, groups=None, upload="slopes", deadline_seconds=2.5),
         replace(TASK, maps={"basis": torch.ones(2, 2), "3/own": torch.zeros(1)}, momentum={"low.a": torch.ones(2, 3)}),
+        replace(TASK, last_change={"low.a": torch.full((2, 3), -0.5)}),
         replace(TASK, settings=PassSettings(4, 2**20, "backprop", "budgeted", 10**6, 2, "unit", "it fits")),
     ],
 )
 def test_a_task_arrives_as_it_was_sent(task: ClientTask) -> None:
     got = decode_task(encode_task(task))
-    for name in ("values", "maps", "momentum"):
+    parts = ("values", "maps", "momentum", "last_change")
+    for name in parts:
         assert_same(getattr(got, name), getattr(task, name))
-    assert replace(got, values={}, maps={}, momentum={}) == replace(task, values={}, maps={}, momentum={})
+    nothing = {name: {} for name in parts}
+    assert replace(got, **nothing) == replace(task, **nothing)
 
 
 def test_clients_with_the_same_values_get_the_same_tensor_bytes() -> None:
@@ -51,11 +54,12 @@ def test_clients_with_the_same_values_get_the_same_tensor_bytes() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    loss=st.floats(allow_nan=False, allow_infinity=False),
+    loss=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    variance=st.none() | st.floats(0, 1e30),
     slopes=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9),
 )
-def test_an_update_arrives_as_it_was_sent(loss: float, slopes: list[float]) -> None:
-    update = replace(UPDATE, loss=loss, slopes=torch.tensor([slopes]), tensors={})
+def test_an_update_arrives_as_it_was_sent(loss: float | None, variance: float | None, slopes: list[float]) -> None:
+    update = replace(UPDATE, loss=loss, variance=variance, slopes=torch.tensor([slopes]), tensors={})
     got = decode_answer(encode_answer(update), 7)
     assert isinstance(got, ClientUpdate)
     assert torch.equal(got.slopes, update.slopes)

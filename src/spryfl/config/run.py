@@ -58,6 +58,11 @@ class RunConfig(Part):
                 "method.estimator = 'bottleneck' perturbs the output of LoRA's A, which this adapter does not train: "
                 "set adapter.kind = 'lora' with frozen = 'b' (or 'none'), or method.estimator = 'forward'"
             )
+        if self.server.aggregation != "mean" and METHODS[self.method.name].pacing == "pool":
+            raise ValueError(
+                f"server.aggregation = '{self.server.aggregation}': method '{self.method.name}' pools gradients over "
+                "rounds as a mean; leave it out, or bound clients with server.clip_norm"
+            )
         names = [entry.name for entry in self.compare]
         if len(set(names)) < len(names):
             raise ValueError(f"compare: names must differ, got {names}")

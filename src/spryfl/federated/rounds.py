@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -98,7 +99,7 @@ class Federation:
     clip_norm: float | None = None
     privacy: ClientPrivacy | None = None
 
-    @property
+    @cached_property
     def sampling(self) -> Sampling:
         return Sampling(self.num_clients, self.cohort_size, self.sizes)
 

@@ -7,6 +7,7 @@ sampling all p are alike, and it weighs n; with p proportional to n, all clients
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Sampling:
         bits = np.random.Philox(key=seed, counter=np.array([0, 0, _STREAM, round], dtype=np.uint64))
         generator = np.random.Generator(bits)
         if self.sizes:
-            return _systematic(inclusion(self.sizes, self.cohort_size), generator)
+            return _systematic(self._inclusion, generator)
         chosen = generator.choice(self.num_clients, size=min(self.cohort_size, self.num_clients), replace=False)
         return sorted(int(client) for client in chosen)
 
@@ -42,7 +43,11 @@ class Sampling:
         """
         if not self.sizes:
             return num_examples
-        return float(self.sizes[client] / inclusion(self.sizes, self.cohort_size)[client])
+        return float(self.sizes[client] / self._inclusion[client])
+
+    @cached_property
+    def _inclusion(self) -> np.ndarray:
+        return inclusion(self.sizes, self.cohort_size)
 
 
 def inclusion(sizes: Sequence[int], cohort_size: int) -> np.ndarray:

@@ -10,11 +10,10 @@ from typing import IO
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from spryfl.config import RunConfig
 from spryfl.errors import ConfigError, RunDirectoryError, SpryError
 from spryfl.federated.messages import Runtime
 from spryfl.models.fingerprint import base_fingerprint
-from spryfl.run import run, with_absolute_paths
+from spryfl.run import hold_to, run, with_absolute_paths
 from spryfl.runtime.flower.presence import Presence
 from spryfl.runtime.flower.runtime import FlowerRuntime
 from spryfl.runtime.flower.settings import Order, read_order
@@ -57,7 +56,7 @@ def serve(grid: Grid, order: Order) -> Summary:
         yield runtime
 
     with _held(order.run_dir) as directory:
-        _require_same(directory, config)
+        hold_to(directory, config)
         return run(config, directory, [_Log()], config.label or config.method.name, connect)
 
 
@@ -80,16 +79,6 @@ def _locked(lock: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _require_same(directory: RunDirectory, config: RunConfig) -> None:
-    """Write the configuration of a new run; refuse to go on with another one."""
-    if not directory.config_file.exists():
-        directory.write_config(config)
-    elif directory.read_config() != config:
-        raise RunDirectoryError(
-            f"{directory.path} holds a run of another configuration: choose another run-dir, or give that one's"
-        )
 
 
 class _Log:
