@@ -12,7 +12,7 @@ import tomli_w
 from pyarrow import parquet
 
 from spryfl.cli.main import main
-from spryfl.compare.cells import Suite
+from spryfl.compare.cells import Suite, chosen_cells
 from spryfl.compare.results import ResultRow
 from spryfl.compare.running import compare
 from spryfl.compare.search import read_outcome
@@ -143,6 +143,19 @@ def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(table: di
     changed = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search | {"trials": 3}}), whole.out)
     with pytest.raises(SpryError, match=r"search of other settings \(trials differ\)"):
         compare(changed, changed.cells())
+
+
+def test_one_search_serves_the_datasets_tuned_on_its_own(table: dict[str, Any], tmp_path: Path) -> None:
+    search = {"trials": 2, "rounds": 1, "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
+    skewed = {"name": "skewed", "tuned_on": "reviews", "set": {"partition.alpha": 0.1}}
+    changed = {"seeds": [0], "search": search, "dataset": [skewed, *table["dataset"]]}
+    suite, watcher = Suite(SuiteConfig.model_validate(table | changed), tmp_path / "suite"), Watcher()
+    rows = compare(suite, chosen_cells(suite.cells(), ["spry"]), [watcher])
+    trials = [f"reviews, Spry, trial {number} of 2" for number in (1, 2)]
+    assert watcher.started_labels == [*trials, "skewed, Spry, seed 0", "reviews, Spry, seed 0"]
+    assert rows[0].settings == rows[1].settings
+    assert [row.alpha for row in rows] == [0.1, 1.0]
+    assert [path.name for path in (suite.out / "search").iterdir()] == ["reviews"]
 
 
 def test_a_run_that_fails_does_not_stop_the_others(table: dict[str, Any], tmp_path: Path) -> None:

@@ -90,6 +90,15 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
         ({"base": {"seed": 1}}, r"base.seed: a suite has seeds = \[0, 1, 2\]; leave it out"),
         ({"reference": "fedyogo"}, "reference = 'fedyogo': no such"),
         ({"method": [{"name": "spry", "space": {"server.tau": {"low": 1, "high": 2}}}]}, "there is no .search.: add"),
+        ({"dataset": [{"name": "a"}, {"name": "b", "tuned_on": "a"}]}, "has tuned_on, but there is no .search.: leave"),
+        (
+            {"search": {}, "dataset": [{"name": "aa"}, {"name": "b", "tuned_on": "ab"}]},
+            "tuned_on = 'ab' is no ..dataset.. with a search of its own. Did you mean 'aa'",
+        ),
+        (
+            {"search": {}, "dataset": [{"name": "a"}, *({"name": n, "tuned_on": o} for n, o in ("ba", "cb"))]},
+            "dataset 'c': tuned_on = 'b' is no ..dataset.. with a search of its own",
+        ),
         ({"search": {"space": {"server.tau": {"low": 2, "high": 1}}}}, "low = 2 is not below high = 1"),
         ({"search": {"space": {"server.tau": {"low": 0, "high": 1}}}}, "a log scale begins above 0"),
         ({"search": {"space": {"server.tau": {"low": 1}}}}, "give low and high, or choices"),

@@ -1,7 +1,7 @@
 """The cells of a suite: one run each, in the order that gives early answers, and the configuration of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,14 @@ class Suite:
         """Whether nothing is left of a cell's run."""
         return RunDirectory(self.folder(cell)).summary_file.exists()
 
+    def searched(self, cell: Cell) -> Cell:
+        """The cell on whose dataset a cell's settings are searched: itself, or one of the dataset it is tuned on."""
+        named = cell.dataset.tuned_on
+        return cell if named is None else replace(cell, dataset=next(d for d in self.config.dataset if d.name == named))
+
     def search_folder(self, cell: Cell) -> Path:
-        """Of the search of a dataset's method, the same for all seeds."""
-        return self.out / "search" / cell.dataset.name / cell.method.name
+        """Of the search of a dataset's method, the same for all seeds and for datasets tuned on that one."""
+        return self.out / "search" / self.searched(cell).dataset.name / cell.method.name
 
     def cells(self) -> list[Cell]:
         """All of them, as they stand in the file."""

@@ -83,6 +83,7 @@ def search_config(suite: Suite, cell: Cell, tried: Settings) -> RunConfig:
     """A trial's run: trained and scored on parts of the training data alone."""
     settings = suite.config.search
     assert settings is not None
+    cell = suite.searched(cell)
     own = suite.run_config(cell)
     rounds = settings.rounds or own.server.num_rounds
     fixed = {
@@ -168,7 +169,7 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
         study.enqueue_trial(spread_point(space, settings.seed, number))
     study.sampler = TPESampler(seed=settings.seed + number, n_startup_trials=num_spread)
     trial = study.ask({key: _distribution(own) for key, own in space.items()})
-    label = f"{cell.dataset.name}, {cell.method.shown}, trial {number + 1} of {settings.trials}"
+    label = f"{suite.searched(cell).dataset.name}, {cell.method.shown}, trial {number + 1} of {settings.trials}"
     config = search_config(suite, cell, trial.params)
     try:
         summary = run_in(config, suite.search_folder(cell) / f"trial-{number}", observers, label)

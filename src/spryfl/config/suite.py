@@ -66,6 +66,7 @@ class DatasetEntry(Part):
 
     name: str = Field(pattern=NAME, description="names it in tables and folders")
     target: float | None = Field(None, description="score whose cost in time and bytes is told")
+    tuned_on: str | None = Field(None, description="the [[dataset]] whose search serves this one too; its own if none")
     set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value")
 
 
@@ -126,6 +127,18 @@ class SuiteConfig(Part):
                 f"reference = '{self.reference}': no such [[method]].{nearest(self.reference, names)} There are: "
                 f"{', '.join(names)}"
             )
+        datasets = {entry.name: entry for entry in self.dataset}
+        for dataset in self.dataset:
+            if dataset.tuned_on is None:
+                continue
+            if self.search is None:
+                raise ValueError(f"dataset '{dataset.name}' has tuned_on, but there is no [search]: leave it out")
+            if dataset.tuned_on not in datasets or datasets[dataset.tuned_on].tuned_on is not None:
+                searched = [name for name, entry in datasets.items() if entry.tuned_on is None]
+                raise ValueError(
+                    f"dataset '{dataset.name}': tuned_on = '{dataset.tuned_on}' is no [[dataset]] with a search of its "
+                    f"own.{nearest(dataset.tuned_on, searched)} There are: {', '.join(searched)}"
+                )
         for entry in self.method:
             if entry.space and self.search is None:
                 raise ValueError(
