@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,16 @@ def test_a_stopped_bench_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [row["activation_peak_bytes"] for row in rows] == [6, 7]
     with pytest.raises(SpryError, match=r"no such work: bert. There are: bert-large, "):
         memory.run_works(["bert"], [], partial, tmp_path)
+
+
+def test_cases_not_measured_anew_keep_their_rows() -> None:
+    def row(work: str, estimator: str, peak: int, **more: Any) -> dict[str, Any]:
+        return {"work": work, "estimator": estimator, "k": 1, "units": "all", "activation_peak_bytes": peak} | more
+
+    kept = [row("growth", "forward", 1), row("llama2-7b", "backprop", 2), row("llama2-7b", "forward", 3)]
+    new = [row("llama2-7b", "forward", 4), row("bert-large", "inference", 5), row("llama2-7b", "forward", 6, k=8)]
+    merged = memory.with_kept(new, kept)
+    assert [r["activation_peak_bytes"] for r in merged] == [5, 4, 2, 6, 1]
 
 
 def test_what_failed_is_told_in_the_table(tmp_path: Path) -> None:

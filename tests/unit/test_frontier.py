@@ -1,5 +1,6 @@
 """The frontier bench's tables: every run's settings are valid, shares by hand, bad names."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,26 @@ def test_reports(tmp_path: Path) -> None:
     assert "| backprop | 0.750, 10, 1.0 |" in headline(rows)
     plot_frontier(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_an_earlier_bench_are_not_run_again(
+    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("spryfl.bench.frontier.run_in", lambda config, folder: None)
+    kept = [
+        row("snli", "backprop", 0.7) | {"rounds": 30, "learning_rate": 0.01},
+        row("snli", "backprop", 0.7, seed=1) | {"rounds": 30, "learning_rate": 0.02},  # not what is asked for now
+        row("snli", "head alone", 0.5) | {"rounds": 30, "learning_rate": 0.01},
+    ]
+    (tmp_path / "frontier.json").write_text(json.dumps(kept))
+    rows = run_frontier(["snli"], ["head alone", "backprop"], [0, 1], shared_data, tmp_path, told.append)
+    assert told == ["snli, head alone, seed 1", "snli, backprop, seed 1"]
+    assert [(r["estimator"], r["seed"], r["share_recovered"]) for r in rows] == [
+        ("head alone", 0, 0.0),
+        ("backprop", 0, 1.0),
+        ("backprop", 1, None),
+    ]
 
 
 def test_unknown_names_and_missing_data(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from spryfl.tracking.run_directory import RunDirectory
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
+ROWS_FILE = "frontier.json"
 TUNING_FILE = "frontier-tuning.json"
 TUNING_SEED = 100
 
@@ -26,25 +27,34 @@ def run_frontier(
 ) -> list[Row]:
     """Run what is asked for, or go on with it; rows of all runs that are finished below `out`.
 
+    A row of an earlier bench that stands in `out`'s frontier.json counts as done, whatever became of its run.
+
     Raises:
         SpryError: an unknown name, or data that is not there.
     """
     _check(tasks, variants, data)
-    tuned = read_tuning(out)
+    tuned, kept = read_tuning(out), {_key(row): row for row in read_rows(out)}
     for seed in seeds:
         for task in tasks:
             for name in variants:
                 if VARIANTS[name].encoder_only and not TASKS[task].has_head:
                     continue
-                say(f"{task}, {name}, seed {seed}")
                 config = _config(task, VARIANTS[name], data, tuned, seed)
+                row = kept.get((task, name, seed))
+                if row is not None and _is_of(row, config):
+                    continue
+                say(f"{task}, {name}, seed {seed}")
                 run_in(config, run_folder(out, task, name, seed))
     return collect(out)
 
 
 def collect(out: Path) -> list[Row]:
-    """One row for each finished run, in the order of the tables."""
+    """One row for each finished run, in the order of the tables; an earlier bench's where its run is not there."""
     rows = [row for task in TASKS for name in VARIANTS for row in _finished(out, task, name)]
+    measured = {_key(row) for row in rows}
+    rows += [row for row in read_rows(out) if _key(row) not in measured]
+    tasks, names = list(TASKS), list(VARIANTS)
+    rows.sort(key=lambda row: (tasks.index(row["task"]), names.index(_key(row)[1]), row["seed"]))
     return [row | {"share_recovered": _share(row, rows)} for row in rows]
 
 
@@ -72,6 +82,22 @@ def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, s
                 tuned[task][name]["rate"] = float(max(trials, key=lambda r: (trials[r], -float(r))))
                 (out / TUNING_FILE).write_text(json.dumps(tuned, indent=2) + "\n", encoding="utf-8")
     return tuned
+
+
+def read_rows(out: Path) -> list[Row]:
+    """The rows that a bench left in `out`, of tasks and variants that there still are."""
+    path = out / ROWS_FILE
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [row for row in rows if row["task"] in TASKS and _key(row)[1] in VARIANTS]
+
+
+def _key(row: Row) -> tuple[str, str, int]:
+    """(task, variant, seed)."""
+    return row["task"], f"{row['estimator']} {row['dial']}".strip(), row["seed"]
+
+
+def _is_of(row: Row, config: RunConfig) -> bool:
+    return (row["rounds"], row["learning_rate"]) == (config.server.num_rounds, config.server.learning_rate)
 
 
 def read_tuning(out: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from spryfl.bench.frontier_works import TASKS, VARIANTS, settings_of
 from spryfl.config import parse_config, with_overrides
 from spryfl.errors import SpryError
 from spryfl.federated.client import loaded
-from spryfl.federated.rounds import FederatedState
+from spryfl.federated.state import FederatedState
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator

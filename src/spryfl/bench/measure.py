@@ -71,9 +71,9 @@ def measure(work: Work, case: Case, cache: Path) -> Row:
 
 def _step(work: Work, case: Case, subject: Subject) -> Row:
     with MemoryMeter(subject.model) as meter:
-        started, cpu_started = time.perf_counter(), time.process_time()
-        slope = STEPS[case.estimator](subject, case.k)
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        slope, seconds, cpu_seconds = _timed(case, subject)
+    if work.repeats > 1:
+        slope, seconds, cpu_seconds = _timed(case, subject)
     return work.row(case) | {
         "layers": subject.model.config.num_hidden_layers,
         "activation_peak_bytes": meter.use.activations + meter.use.tangents,
@@ -86,6 +86,13 @@ def _step(work: Work, case: Case, subject: Subject) -> Row:
         "slope": slope,
         "threads": torch.get_num_threads(),
     }
+
+
+def _timed(case: Case, subject: Subject) -> tuple[float | None, float, float]:
+    """(slope, seconds, CPU seconds) of a step."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    slope = STEPS[case.estimator](subject, case.k)
+    return slope, time.perf_counter() - started, time.process_time() - cpu_started
 
 
 def _units(case: Case, units: Sequence[Unit]) -> list[Sequence[Unit]]:

@@ -109,8 +109,7 @@ def _merged(measured: Sequence[Sequence[Row]]) -> list[Row]:
     """Repeats of a case as one row: the median of its seconds, the most of its bytes."""
     by_case: dict[tuple[Any, ...], list[Row]] = {}
     for row in (row for rows in measured for row in rows):
-        what = ("work", "estimator", "precision", "layers", "tokens", "k", "units", "against")
-        by_case.setdefault(tuple(row.get(key) for key in what), []).append(row)
+        by_case.setdefault(_case_of(row), []).append(row)
     merged = []
     for rows in by_case.values():
         row = dict(rows[0])
@@ -123,6 +122,25 @@ def _merged(measured: Sequence[Sequence[Row]]) -> list[Row]:
                 row["repeats"] = len(rows)
         merged.append(row)
     return merged
+
+
+def with_kept(rows: Sequence[Row], kept: Sequence[Row]) -> list[Row]:
+    """New rows, and those of earlier runs whose case was not measured anew, in the order of the works."""
+    measured = {_case_of(row) for row in rows}
+    both = [*rows, *(row for row in kept if _case_of(row) not in measured)]
+    return sorted(both, key=_place)
+
+
+def _case_of(row: Row) -> tuple[Any, ...]:
+    what = ("work", "estimator", "precision", "layers", "tokens", "k", "units", "against")
+    return tuple(row.get(key) for key in what)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    """Of a row's case among all: its work, then its place in it."""
+    cases = [(case.estimator, case.k, case.units) for case in WORKS[row["work"]].cases] if row["work"] in WORKS else []
+    own = (row.get("estimator"), row.get("k"), row.get("units"))
+    return NAMES.index(row["work"]), cases.index(own) if own in cases else len(cases)
 
 
 def default_cache() -> Path:

@@ -31,7 +31,8 @@ class Work:
         layers: instead of the shape's own.
         cases: in the order they are measured.
         repeats: rounds over the cases; the seconds are medians over rounds, so that a noisy neighbour slows all
-            cases alike.
+            cases alike. Where there are several, a step is timed after the metered one: the meter looks at every
+            operation, which takes a pass in many small chunks up to a tenth of its time.
     """
 
     name: str

@@ -38,27 +38,33 @@ def memory(
     estimator: Annotated[list[str] | None, typer.Option(help="Only these estimators.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where memory.{json,md,png} go, and what a stopped run goes on from.")
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Where memory.{json,md,png} go, beside what is there; and what a stopped run goes on from.",
+        ),
     ] = Path("runs/bench-memory"),
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Random checkpoints: 11 GB for all works.")] = None,
 ) -> None:
     """Activation peak, resident peak and seconds of a step: every estimator on models up to 13B. Takes hours."""
-    from spryfl.bench.memory import NAMES, default_cache, run_works
+    from spryfl.bench.memory import NAMES, default_cache, run_works, with_kept
     from spryfl.bench.memory_report import as_markdown, plot_growth
 
     if work == ["list"]:
         print("\n".join(NAMES))
         return
     out.mkdir(parents=True, exist_ok=True)
+    partial, results = out / "memory.partial.jsonl", out / "memory.json"
     rows = run_works(
         work or NAMES,
         estimator or [],
-        out / "memory.partial.jsonl",
+        partial,
         cache or default_cache(),
         lambda text: print(f"measuring {text}", file=sys.stderr, flush=True),
     )
+    rows = with_kept(rows, json.loads(results.read_text(encoding="utf-8")) if results.is_file() else [])
     table = as_markdown(rows)
-    (out / "memory.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    results.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     (out / "memory.md").write_text(table, encoding="utf-8")
     plot_growth(rows, out / "memory-growth.png")
     print(json.dumps(rows, indent=2) if as_json else table)
@@ -78,7 +84,7 @@ def frontier(
     ] = Path("runs/bench-frontier"),
 ) -> None:
     """Accuracy, memory and compute of every estimator in real federated runs. Takes hours; resumable."""
-    from spryfl.bench.frontier import run_frontier
+    from spryfl.bench.frontier import ROWS_FILE, run_frontier
     from spryfl.bench.frontier import tune as tune_rates
     from spryfl.bench.frontier_report import as_markdown, plot_frontier
     from spryfl.bench.frontier_works import SEEDS, TASKS, VARIANTS
@@ -102,7 +108,7 @@ def frontier(
         return
     rows = run_frontier(tasks, variants, seed or SEEDS, data, out, say)
     table = as_markdown(rows)
-    (out / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / ROWS_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (out / "frontier.md").write_text(table, encoding="utf-8")
     plot_frontier(rows, out / "frontier.png")
     print(json.dumps(rows, indent=1) if as_json else table)
