@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from spryfl.config import RunConfig, load_config
     from spryfl.errors import SpryError
     from spryfl.federated.method import METHODS, Method
-    from spryfl.federated.rounds import FederatedState, Federation, run_round
+    from spryfl.federated.rounds import run_round
+    from spryfl.federated.state import FederatedState, Federation
     from spryfl.forward_mode.support import check_support
     from spryfl.gradients.backprop import Backprop
     from spryfl.gradients.directions import DirectionStream
@@ -32,8 +33,8 @@ _HOMES = {
     "SpryError": "errors",
     "METHODS": "federated.method",
     "Method": "federated.method",
-    "FederatedState": "federated.rounds",
-    "Federation": "federated.rounds",
+    "FederatedState": "federated.state",
+    "Federation": "federated.state",
     "run_round": "federated.rounds",
     "check_support": "forward_mode.support",
     "Backprop": "gradients.backprop",

@@ -10,7 +10,7 @@ from spryfl.federated.evaluation import (
     sample_evaluated,
 )
 from spryfl.federated.messages import Runtime
-from spryfl.federated.rounds import FederatedState, Federation
+from spryfl.federated.state import FederatedState, Federation
 from spryfl.workbench import Workbench
 
 

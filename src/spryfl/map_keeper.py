@@ -19,7 +19,7 @@ from spryfl.data.public_text import load_public_text
 from spryfl.data.task import Task
 from spryfl.errors import DataError
 from spryfl.federated.client import loaded
-from spryfl.federated.rounds import FederatedState
+from spryfl.federated.state import FederatedState
 from spryfl.gradients.backward_maps import MapSettings, fit_backward_maps, guess_quality
 from spryfl.gradients.estimator import Loss
 from spryfl.gradients.guesses import BackwardMap, MapGuess, maps_from, tensors_of

@@ -4,8 +4,7 @@ Everything with a side effect is put together here; what it calls is pure or one
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 
 from spryfl.config import RunConfig
-from spryfl.data.task import Evaluation
 from spryfl.errors import ConfigError, RunDirectoryError
 from spryfl.evaluation import evaluate_clients
 from spryfl.federated.choosing import Calibration
-from spryfl.federated.evaluation import ClientsEvaluation
 from spryfl.federated.messages import Runtime
-from spryfl.federated.rounds import FederatedState, Federation, RoundReport, run_round
+from spryfl.federated.rounds import run_round
+from spryfl.federated.state import FederatedState, Federation
 from spryfl.map_keeper import MapKeeper
+from spryfl.record import event_before_training, privacy_spent, round_event, summarize, with_clients
 from spryfl.report.plots import plot_partition, plot_run
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.workers import WorkerRuntime
@@ -72,8 +71,8 @@ def run(
 
     with (connect or on_this_machine)(bench, before_client) as runtime:
         if not events:
-            event = _before_training(bench, state)
-            event = _with_clients(event, evaluate_clients(bench, state, federation, runtime, event.metrics))
+            event = event_before_training(bench, state)
+            event = with_clients(event, evaluate_clients(bench, state, federation, runtime, event.metrics))
             events.append(_announce(event, directory, observers))
             directory.write_checkpoint(state)
         while state.round < config.server.num_rounds:
@@ -83,9 +82,9 @@ def run(
             due = state.round % config.evaluation.every == 0 or state.round == config.server.num_rounds
             evaluated = bench.evaluate(state.values) if due else None
             own = {} if evaluated is None else evaluate_clients(bench, state, federation, runtime, evaluated.metrics)
-            event = _round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
-            event = replace(event, guess_cosine=cosine, maps_fitted=fitted, **_spent(bench, state.round))
-            event = _with_clients(event, own)
+            event = round_event(config, report, evaluated, events[-1], time.perf_counter() - started)
+            event = replace(event, guess_cosine=cosine, maps_fitted=fitted, **privacy_spent(bench, state.round))
+            event = with_clients(event, own)
             events.append(_announce(event, directory, observers))
             directory.write_checkpoint(state)
     directory.write_adapter(lambda folder: bench.save_adapter(state.values, folder))
@@ -171,137 +170,6 @@ def _announce(event: RoundEvent, directory: RunDirectory, observers: Sequence[Ob
     for observer in observers:
         observer.round_finished(event)
     return event
-
-
-def _spent(bench: Workbench, round: int) -> dict[str, Any]:
-    """Epsilon and delta after a round, where there is privacy."""
-    accountant = bench.accountant
-    return {} if accountant is None else {"epsilon": accountant.epsilon(round), "delta": accountant.delta}
-
-
-def _before_training(bench: Workbench, state: FederatedState) -> RoundEvent:
-    started = time.perf_counter()
-    evaluated = bench.evaluate(state.values)
-    return RoundEvent(
-        round=0,
-        method=bench.config.method.name,
-        loss=None,
-        accuracy=evaluated.metrics.get("accuracy"),
-        test_loss=evaluated.loss,
-        metrics=dict(evaluated.metrics),
-        bytes_up=0,
-        bytes_down=0,
-        seconds=time.perf_counter() - started,
-        client_seconds=0.0,
-        peak_activation_bytes=0,
-        num_updates=0,
-    )
-
-
-def _with_clients(event: RoundEvent, evaluations: Mapping[str, ClientsEvaluation]) -> RoundEvent:
-    """An event that also tells how clients do on what they hold out."""
-    scores = {name: own.score for name, own in evaluations.items()}
-    return replace(
-        event,
-        central_test=event.score,
-        generalized=scores.get("generalized"),
-        personalized=scores.get("personalized"),
-        held_out={name: own.as_row() for name, own in evaluations.items()},
-    )
-
-
-def _round_event(
-    config: RunConfig,
-    report: RoundReport,
-    evaluated: Evaluation | None,
-    previous: RoundEvent,
-    seconds: float,
-) -> RoundEvent:
-    return RoundEvent(
-        round=report.round,
-        method=config.method.name,
-        loss=report.loss,
-        accuracy=None if evaluated is None else evaluated.metrics.get("accuracy"),
-        test_loss=None if evaluated is None else evaluated.loss,
-        metrics={} if evaluated is None else dict(evaluated.metrics),
-        bytes_up=report.bytes_up,
-        bytes_down=report.bytes_down,
-        seconds=seconds,
-        client_seconds=report.client_seconds,
-        client_cpu_seconds=report.client_cpu_seconds,
-        peak_activation_bytes=max(report.peak_activation_bytes, previous.peak_activation_bytes),
-        num_updates=report.num_updates,
-        clients=report.clients,
-        failures=tuple(f"{f.client}: {f.reason}" for f in report.failures),
-        refused=tuple(f"{f.client}: {f.reason}" for f in report.refused),
-        late=tuple(f"{f.client}: {f.reason}" for f in report.late),
-        failure_kinds=dict(Counter(f.kind for f in (*report.failures, *report.refused))),
-        untrained=report.untrained,
-        unheld=report.unheld,
-        settings=tuple({"client": client} | own.as_row() for client, own in sorted(report.settings.items())),
-        num_left_out=report.num_left_out,
-        num_pooled=report.num_pooled,
-    )
-
-
-def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], directory: RunDirectory) -> Summary:
-    """A run's summary, from its events alone and what its configuration says."""
-    config = bench.config
-    rounds = [event for event in events if event.round > 0]
-    client_rounds = sum(event.num_updates for event in rounds)
-    asked = sum(event.num_updates + len(event.failures) + len(event.refused) for event in rounds)
-    last = events[-1]
-    return Summary(
-        method=config.method.name,
-        label=label,
-        model=config.model.name,
-        dataset=config.data.name,
-        adapter=config.adapter.kind,
-        rounds=last.round,
-        seed=config.seed,
-        dtype=str(bench.adapted.dtype).removeprefix("torch."),
-        estimator=config.method.own_estimator,
-        checkpointing=config.method.checkpointing if config.method.own_estimator == "backprop" else None,
-        checkpoint_budget_bytes=config.method.budget if config.method.own_estimator == "backprop" else None,
-        unheld_units=bench.unheld_units,
-        client_memory=config.clients.memory,
-        num_clients=bench.federation.num_clients,
-        cohort_size=bench.federation.cohort_size,
-        accuracy_before=events[0].accuracy,
-        accuracy=last.accuracy,
-        metric=next(iter(last.metrics), "accuracy"),
-        score_before=_known(events[0].score),
-        score=_known(last.score),
-        metrics=last.metrics,
-        central_test=last.central_test,
-        generalized=last.generalized,
-        personalized=last.personalized,
-        held_out=last.held_out,
-        privacy=config.privacy.level,
-        epsilon=last.epsilon,
-        delta=last.delta,
-        loss=last.loss,
-        test_loss=_known(last.test_loss),
-        trainable_parameters=bench.adapted.num_trainable,
-        bytes_up_per_client_round=sum(event.bytes_up for event in rounds) / client_rounds,
-        bytes_down_per_client_round=sum(event.bytes_down for event in rounds) / asked,
-        bytes_up=sum(event.bytes_up for event in rounds),
-        bytes_down=sum(event.bytes_down for event in rounds),
-        peak_activation_bytes=last.peak_activation_bytes,
-        seconds=sum(event.seconds for event in events),
-        client_seconds=sum(event.client_seconds for event in events),
-        client_cpu_seconds=sum(event.client_cpu_seconds for event in events),
-        num_map_fits=sum(event.maps_fitted for event in events),
-        num_failures=sum(len(event.failures) for event in rounds),
-        num_refused=sum(len(event.refused) for event in rounds),
-        num_late=sum(len(event.late) for event in rounds),
-        run_directory=str(directory.path),
-    )
-
-
-def _known(value: float | None) -> float:
-    assert value is not None
-    return value
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -1,12 +1,57 @@
-"""What a configuration says against hostile clients and for privacy, held to what the federation is."""
+"""What a configuration asks of its clients, held to what model and federation are."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+from torch import nn
 
 from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
 from spryfl.federated.accounting import Accountant, ClientAccountant, ExampleAccountant
-from spryfl.federated.rounds import Federation
+from spryfl.federated.state import Federation
+from spryfl.gradients.tangents import require_dimensions, tangent_groups
+from spryfl.models.loading import AdaptedModel
 
 MAJORITY = 3
 """Clients of a unit, the fewest of which one can be told to be unlike the others."""
+
+
+def require_checkpoint_budget(config: RunConfig, adapted: AdaptedModel, batch_tokens: Sequence[int]) -> None:
+    """Refuse a checkpointing budget that some client's batch exceeds with a single hidden state.
+
+    Args:
+        batch_tokens: the most tokens of a batch of each client, padding included.
+    """
+    budget = config.method.budget
+    size = getattr(adapted.model.config.get_text_config(), "hidden_size", None)
+    if budget is None or size is None or config.method.own_estimator != "backprop":
+        return
+    tokens, client = max((tokens, client) for client, tokens in enumerate(batch_tokens))
+    least = tokens * size * adapted.dtype.itemsize
+    if budget < least:
+        raise ConfigError(
+            f"method.budget = {budget:,} bytes: one layer's input takes {least:,} bytes for a batch of client "
+            f"{client}, {tokens:,} tokens; raise it to that, or lower local.batch_size or data.max_tokens"
+        )
+
+
+def require_enough_dimensions(config: RunConfig, federation: Federation, model: nn.Module) -> None:
+    """Refuse more orthogonal tangents than the least that a client may train has dimensions."""
+    method = config.method
+    if method.own_estimator in ("backprop", "guided"):
+        return
+
+    def size(group: Sequence[str]) -> int:
+        return sum(model.get_parameter(name).numel() for name in group)
+
+    shared = [federation.units[unit] for unit in federation.shared]
+    blocks = federation.blocks or [[unit] for unit in federation.units]
+    own = [[federation.units[unit] for unit in block if unit not in federation.shared] for block in blocks]
+    dealt = sorted(own, key=lambda block: sum(map(size, block)))
+    if method.tangents_per == "step" and federation.assignment == "split":
+        dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
+    for group in tangent_groups(method.tangents_per, [*chain(*dealt), *shared]):
+        require_dimensions(method.distribution, method.own_num_tangents, size(group), group)
 
 
 def require_majorities(config: RunConfig, federation: Federation) -> None:

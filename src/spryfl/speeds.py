@@ -6,7 +6,7 @@ import numpy as np
 
 from spryfl.federated.choosing import KINDS, Candidate
 from spryfl.federated.messages import ClientTask
-from spryfl.federated.rounds import FederatedState
+from spryfl.federated.state import FederatedState
 from spryfl.gradients.guesses import maps_for
 from spryfl.gradients.tangents import tangent_groups
 from spryfl.workbench import PartitionData, Workbench

@@ -1,10 +1,9 @@
 """A configuration made real: model, data, partition, and what the round loop needs of them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +17,26 @@ from spryfl.data.examples import Batch, Examples
 from spryfl.data.loading import Rows, load_own_rows, load_rows
 from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
 from spryfl.data.task import Answers, Evaluation, Sample, Task
-from spryfl.errors import ConfigError, DataError, nearest
+from spryfl.errors import DataError, nearest
+from spryfl.estimators import CHOSEN_AMONG, new_estimator
 from spryfl.federated.accounting import Accountant
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
 from spryfl.federated.privacy import ClientPrivacy
-from spryfl.federated.rounds import FederatedState, Federation
 from spryfl.federated.server_optimizer import ServerUpdate, default_learning_rate
+from spryfl.federated.state import FederatedState, Federation
 from spryfl.forward_mode.support import require_support
-from spryfl.gradients.backprop import Backprop
-from spryfl.gradients.bottleneck import BottleneckGradient
 from spryfl.gradients.estimator import GradientEstimator
-from spryfl.gradients.exact_head import ExactHead
-from spryfl.gradients.forward import ForwardGradient
-from spryfl.gradients.guided import GuidedGradient
-from spryfl.gradients.private import PrivateSlopes
-from spryfl.gradients.tangents import require_dimensions, tangent_groups
-from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.adapters import dropout_modules
-from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel, load_model
-from spryfl.models.units import HEAD, parameters_of
-from spryfl.safeguards import accountant_of, require_majorities
+from spryfl.models.units import HEAD, layer_blocks, parameters_of, unit_places
+from spryfl.safeguards import (
+    accountant_of,
+    require_checkpoint_budget,
+    require_enough_dimensions,
+    require_majorities,
+)
 from spryfl.tasks import TASKS, Encode
-
-ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
-    "forward": lambda config: ForwardGradient(config.method.own_num_tangents),
-    "bottleneck": lambda config: BottleneckGradient(config.method.own_num_tangents),
-    "zeroth_order": lambda config: ZerothOrder(config.method.own_num_tangents, config.method.own_step_size),
-    "guided": lambda config: GuidedGradient(
-        layer_calls, horizon=config.guide.horizon, slopes_per=config.guide.slopes, explore=config.guide.explore
-    ),
-    "backprop": lambda config: Backprop(config.method.checkpointing, layer_calls, config.method.budget),
-}
 
 
 def _partition(config: RunConfig, rows: Rows) -> tuple[Partition, Partition]:
@@ -118,8 +104,8 @@ class Workbench:
         """Load everything a run needs; every problem with data or model shows here, before any work."""
         rows = load_rows(config.data, config.seed, config.task)
         bench = cls._of_rows(config, rows, *_partition(config, rows))
-        bench._require_budget()
-        bench._require_dimensions()
+        require_checkpoint_budget(config, bench.adapted, [*map(bench.batch_tokens, range(len(bench.partition)))])
+        require_enough_dimensions(config, bench.federation, bench.adapted.model)
         require_majorities(config, bench.federation)
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench
@@ -158,38 +144,6 @@ class Workbench:
         # Clients share the dataset's rows, so that all that was made from one is of one client.
         parts, held = ([train.made_from(own) for own in side] for side in (partition, held_out))
         return cls(config, adapted, task, encode, train, test, parts, rows.label_names, held)
-
-    def _require_budget(self) -> None:
-        """Refuse a checkpointing budget that some client's batch exceeds with a single hidden state."""
-        budget = self.config.method.budget
-        size = getattr(self.adapted.model.config.get_text_config(), "hidden_size", None)
-        if budget is None or size is None or self.config.method.own_estimator != "backprop":
-            return
-        tokens, client = max((self.batch_tokens(client), client) for client in range(len(self.partition)))
-        least = tokens * size * self.adapted.dtype.itemsize
-        if budget < least:
-            raise ConfigError(
-                f"method.budget = {budget:,} bytes: one layer's input takes {least:,} bytes for a batch of client "
-                f"{client}, {tokens:,} tokens; raise it to that, or lower local.batch_size or data.max_tokens"
-            )
-
-    def _require_dimensions(self) -> None:
-        """Refuse more orthogonal tangents than the least that a client may train has dimensions."""
-        method, federation = self.config.method, self.federation
-        if method.own_estimator in ("backprop", "guided"):
-            return
-
-        def size(group: Sequence[str]) -> int:
-            return sum(self.adapted.model.get_parameter(name).numel() for name in group)
-
-        shared = [federation.units[unit] for unit in federation.shared]
-        blocks = federation.blocks or [[unit] for unit in federation.units]
-        own = [[federation.units[unit] for unit in block if unit not in federation.shared] for block in blocks]
-        dealt = sorted(own, key=lambda block: sum(map(size, block)))
-        if method.tangents_per == "step" and federation.assignment == "split":
-            dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
-        for group in tangent_groups(method.tangents_per, [*chain(*dealt), *shared]):
-            require_dimensions(method.distribution, method.own_num_tangents, size(group), group)
 
     @cached_property
     def accountant(self) -> Accountant | None:
@@ -234,7 +188,7 @@ class Workbench:
             units={unit.name: unit.parameters for unit in self.adapted.units},
             shared=tuple(u.name for u in self.adapted.units if u.name == HEAD and head_is_shared),
             assignment=method.assignment,
-            blocks=self._layer_blocks if config.method.deal == "layer" else (),
+            blocks=layer_blocks(self.places) if config.method.deal == "layer" else (),
             rotate=config.method.rotate,
             upload=config.method.upload or method.upload,
             training=self.training,
@@ -284,48 +238,20 @@ class Workbench:
     @cached_property
     def places(self) -> dict[str, tuple[int, ...]]:
         """Unit -> the places, in the order of calls from 0, of the layers it lies in; none for the head."""
-        own = [set(layer.parameters()) for layer in layer_calls(self.adapted.model)]
-        found = {}
-        for unit in self.adapted.units:
-            parameters = {self.adapted.model.get_parameter(name) for name in unit.parameters}
-            found[unit.name] = tuple(place for place, inside in enumerate(own) if inside & parameters)
-        return found
-
-    @cached_property
-    def _layer_blocks(self) -> tuple[tuple[str, ...], ...]:
-        """Units by the layer they lie in, from the lowest up; those in none, each alone, at the end."""
-        blocks: dict[tuple[int, ...], list[str]] = {}
-        for unit, places in self.places.items():
-            if places:
-                blocks.setdefault(places, []).append(unit)
-        alone = [(unit,) for unit, places in self.places.items() if not places]
-        return (*(tuple(blocks[places]) for places in sorted(blocks)), *alone)
+        return unit_places(self.adapted.model, self.adapted.units)
 
     @cached_property
     def estimator(self) -> GradientEstimator:
         """The clients' estimator; where each is given its own, what stands in its place."""
         own = self.config.method.own_estimator
-        return self._estimator("backprop" if own == "auto" else own)
+        return new_estimator("backprop" if own == "auto" else own, self.config, self.adapted.units)
 
     @cached_property
     def estimators(self) -> dict[str, GradientEstimator]:
         """By name, those that are chosen among."""
         if self.config.method.own_estimator != "auto":
             return {}
-        return {name: self._estimator(name) for name in ("backprop", "guided", "forward")}
-
-    def _estimator(self, name: str) -> GradientEstimator:
-        estimator = ESTIMATORS[name](self.config)
-        if isinstance(estimator, GuidedGradient):
-            unit_of = {name: unit.name for unit in self.adapted.units for name in unit.parameters}
-            estimator = replace(estimator, unit_of=unit_of)
-        if self.config.method.exact_head and name not in ("backprop", "guided"):
-            head = {name for unit in self.adapted.units if unit.is_head for name in unit.parameters}
-            estimator = ExactHead(estimator, layer_calls, frozenset(head))
-        if self.config.privacy.level == "example":
-            assert isinstance(estimator, ForwardGradient | ZerothOrder)  # the configuration allows no other
-            estimator = PrivateSlopes(estimator, *self.config.privacy.strength)
-        return estimator
+        return {name: new_estimator(name, self.config, self.adapted.units) for name in CHOSEN_AMONG}
 
     def client(self, client: int) -> Client[Batch]:
         """The client of a partition id; its adapter's dropout is on, the base model's is not."""

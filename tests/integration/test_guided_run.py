@@ -17,7 +17,8 @@ from spryfl.config import RunConfig, parse_config, with_overrides
 from spryfl.data.public_text import load_public_text
 from spryfl.errors import ConfigError, DataError, ModelError
 from spryfl.federated.client import loaded
-from spryfl.federated.rounds import FederatedState, run_round
+from spryfl.federated.rounds import run_round
+from spryfl.federated.state import FederatedState
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient

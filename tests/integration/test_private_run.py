@@ -13,7 +13,8 @@ from rich.console import Console
 from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
 from spryfl.federated.accounting import gaussian_epsilon
-from spryfl.federated.rounds import proposed_change, run_round
+from spryfl.federated.answers import proposed_change
+from spryfl.federated.rounds import run_round
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.suite import resume_suite, run_suite
 from spryfl.tracking.console import print_results

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from spryfl.federated.aggregation import AGGREGATIONS, Contribution, aggregate, clipped, num_trimmed
 from spryfl.federated.client import LocalTraining
 from spryfl.federated.messages import ClientTask, ClientUpdate
-from spryfl.federated.rounds import FederatedState, Federation, run_round
+from spryfl.federated.rounds import run_round
 from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.federated.state import FederatedState, Federation
 
 VALUES = {"a": torch.zeros(2), "b": torch.zeros(3)}
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from spryfl.config import RunConfig, parse_config
 from spryfl.errors import ConfigError
 from spryfl.federated.aggregation import Contribution, aggregate
+from spryfl.federated.answers import proposed_change
 from spryfl.federated.client import Client, LocalTraining
 from spryfl.federated.messages import ClientTask
 from spryfl.federated.method import METHODS
 from spryfl.federated.pacing import Halves, pooled_mean
-from spryfl.federated.rounds import Federation, proposed_change, run_round
+from spryfl.federated.rounds import run_round
 from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.federated.state import Federation
 from spryfl.gradients.directions import EVERYONE, DirectionStream
 from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.runtime.in_process import InProcessRuntime

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from families import autograd_gradient, batch_loss, build, padded_batch, trainable
 from spryfl.config import AdapterConfig
 from spryfl.errors import DeadlineError
+from spryfl.federated.answers import proposed_change
 from spryfl.federated.client import BatchLoss, Client, LocalTraining, read_values
 from spryfl.federated.messages import ClientTask
-from spryfl.federated.rounds import Federation, proposed_change
 from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.federated.state import Federation
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.bottleneck import BottleneckGradient
 from spryfl.gradients.estimator import GradientEstimator

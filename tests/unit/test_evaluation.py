@@ -18,8 +18,8 @@ from spryfl.federated.evaluation import (
 )
 from spryfl.federated.fitting import PassSettings
 from spryfl.federated.messages import ClientEvaluation, ClientFailure, EvaluationTask
-from spryfl.federated.rounds import FederatedState, Federation
 from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.federated.state import FederatedState, Federation
 from spryfl.gradients.backprop import Backprop
 from spryfl.runtime.in_process import InProcessRuntime
 

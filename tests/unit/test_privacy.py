@@ -23,9 +23,10 @@ from spryfl.federated.aggregation import Contribution
 from spryfl.federated.client import LocalTraining
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
 from spryfl.federated.privacy import ClientPrivacy
-from spryfl.federated.rounds import FederatedState, Federation, run_round
+from spryfl.federated.rounds import run_round
 from spryfl.federated.sampling import Sampling
 from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.federated.state import FederatedState, Federation
 from spryfl.federated.validation import validate_update
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient

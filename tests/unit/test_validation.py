@@ -10,8 +10,9 @@ import torch
 from spryfl.errors import SpryError, UpdateRefusedError
 from spryfl.federated.client import LocalTraining
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
-from spryfl.federated.rounds import FederatedState, Federation, run_round
+from spryfl.federated.rounds import run_round
 from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.federated.state import FederatedState, Federation
 from spryfl.federated.validation import validate_update
 
 UNITS = {"low": ("low.a", "low.b"), "high": ("high.a",)}

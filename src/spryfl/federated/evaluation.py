@@ -14,7 +14,8 @@ from spryfl.errors import UpdateRefusedError
 from spryfl.federated.assignment import assign_units
 from spryfl.federated.fitting import deal_within
 from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTask, EvaluationTask, Runtime
-from spryfl.federated.rounds import FederatedState, Federation, client_task
+from spryfl.federated.rounds import client_task
+from spryfl.federated.state import FederatedState, Federation
 from spryfl.federated.validation import validate_evaluation
 
 _STREAM = 3  # keeps the evaluated clients independent of the other things drawn from the run's seed

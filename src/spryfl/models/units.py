@@ -1,12 +1,14 @@
 """Units: what the server assigns. A unit is the trainable parameters of one adapted module."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+
+from spryfl.models.layers import layer_calls
 
 HEAD = "head"
 _PEFT_PREFIX = "base_model.model."
@@ -57,3 +59,23 @@ def _unit_of(model: nn.Module, parameter: str) -> str:
 def parameters_of(units: Sequence[Unit]) -> tuple[str, ...]:
     """The parameter names of several units, in order."""
     return tuple(name for unit in units for name in unit.parameters)
+
+
+def unit_places(model: nn.Module, units: Sequence[Unit]) -> dict[str, tuple[int, ...]]:
+    """Unit -> the places, in the order of calls from 0, of the layers it lies in; none for the head."""
+    own = [set(layer.parameters()) for layer in layer_calls(model)]
+    found = {}
+    for unit in units:
+        parameters = {model.get_parameter(name) for name in unit.parameters}
+        found[unit.name] = tuple(place for place, inside in enumerate(own) if inside & parameters)
+    return found
+
+
+def layer_blocks(places: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Units by the layer they lie in, from the lowest up; those in none, each alone, at the end."""
+    blocks: dict[tuple[int, ...], list[str]] = {}
+    for unit, own in places.items():
+        if own:
+            blocks.setdefault(own, []).append(unit)
+    alone = [(unit,) for unit, own in places.items() if not own]
+    return (*(tuple(blocks[own]) for own in sorted(blocks)), *alone)

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from spryfl.config import RunConfig, load_config
 from spryfl.errors import RunDirectoryError
 from spryfl.federated.choosing import Calibration
-from spryfl.federated.rounds import FederatedState
+from spryfl.federated.state import FederatedState
 from spryfl.tracking.events import RoundEvent, Summary
 
 STATE_PARTS = tuple(part.name for part in fields(FederatedState) if part.name not in ("round", "overdue"))
