@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from spryfl.cli.main import main
 from spryfl.compare.cells import Suite, chosen_cells
+from spryfl.compare.checking import check_cells
 from spryfl.compare.results import ResultRow
 from spryfl.compare.running import compare
 from spryfl.compare.search import read_outcome
@@ -170,6 +171,27 @@ def test_a_run_that_fails_does_not_stop_the_others(table: dict[str, Any], tmp_pa
     with pytest.raises(SpryError, match=r"^reviews/tight/0 failed: method.budget = 9 bytes"):
         compare(suite, suite.cells())
     assert [row["variant"] for row in parquet.read_table(suite.out / "results.parquet").to_pylist()] == ["spry"]
+
+
+def test_data_are_read_as_their_task_reads_them(table: dict[str, Any], tmp_path: Path) -> None:
+    """Before any run: questions pass, and an answer that is not where it is said to be is named."""
+    row = {"question": "the film", "context": "the film is good", "answers": {"text": ["good"], "answer_start": [12]}}
+    wrong = row | {"answers": {"text": ["good"], "answer_start": [4]}}
+    reading = {"task.kind": "qa", "data.text_columns": ["question", "context"], "data.label_column": "answers"}
+    datasets = []
+    for name, last in (("mended", row), ("broken", wrong)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [row] * 11 + [last])))
+        own = {"data.name": str(tmp_path / f"{name}.jsonl"), "data.test_split": "train", "partition.kind": "iid"}
+        datasets.append({"name": name, "set": reading | own})
+    suite = Suite(SuiteConfig.model_validate(table | {"dataset": datasets}), tmp_path / "out")
+    check_cells(suite, [cell for cell in suite.cells() if cell.dataset.name == "mended"])
+    with pytest.raises(SpryError) as caught:
+        compare(suite, suite.cells())
+    message = str(caught.value)
+    assert message.startswith("broken/spry/0, broken/fedyogi/0, broken/spry/1 and 1 more: t")
+    assert "the answer 'good' is not at character 4 of its context" in message
+    assert "\n" not in message
+    assert not suite.out.exists()
 
 
 def spry(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

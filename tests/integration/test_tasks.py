@@ -20,6 +20,7 @@ from transformers import (
 
 from prompted import save_decoder
 from spryfl.config import RunConfig, parse_config, with_overrides
+from spryfl.data.loading import load_rows
 from spryfl.data.question_answering import QuestionAnswering
 from spryfl.errors import ConfigError, DataError
 from spryfl.federated.rounds import run_round
@@ -126,7 +127,9 @@ def test_questions_learnt_and_the_adapter_gives_the_reported_f1(run: Callable[..
     assert summary.metric == "f1"
     assert summary.accuracy is None
     assert summary.score > summary.score_before + 0.1
-    assert set(summary.metrics) == {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
+    best = {"best_f1", "best_exact_match", "best_null_threshold"}
+    assert set(summary.metrics) == {"f1", "exact_match", "f1_answerable", "f1_unanswerable"} | best
+    assert summary.metrics["best_f1"] >= summary.metrics["f1"]
     base = AutoModelForQuestionAnswering.from_pretrained(config.model.name)
     model = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
@@ -134,6 +137,9 @@ def test_questions_learnt_and_the_adapter_gives_the_reported_f1(run: Callable[..
     task = QuestionAnswering(tokenizer, torch.device("cpu"), 3, 0.0)
     again = task.evaluate(model, bench.test, range(len(bench.test)), batch_size=8)
     assert again.metrics == pytest.approx(summary.metrics)
+    at_best = QuestionAnswering(tokenizer, torch.device("cpu"), 3, again.metrics["best_null_threshold"])
+    told = at_best.evaluate(model, bench.test, range(len(bench.test)), batch_size=8)
+    assert told.metrics["f1"] == pytest.approx(again.metrics["best_f1"])
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [set(sample) for sample in samples] == [{"prompt", "written", "expected"}] * 2
 
@@ -185,6 +191,14 @@ def test_three_texts_and_f1(run: Callable[..., Any]) -> None:
             predicted.append(int(model(**inputs).logits.argmax()))
     assert summary.metrics["f1"] == pytest.approx(f1_score(bench.test.labels, predicted, zero_division=0))
     assert summary.metrics["accuracy"] == summary.accuracy == summary.score
+    rows = load_rows(config.data, config.seed).test
+    right: dict[tuple[str, str], bool] = {}
+    for row, answer in zip(rows, predicted, strict=True):
+        question = row["paragraph"], row["question"]
+        right[question] = right.get(question, True) and answer == row["label"]
+    assert 1 < len(right) < len(rows)
+    assert summary.metrics["exact_match"] == pytest.approx(sum(right.values()) / len(right))
+    assert "f1_by_question" in summary.metrics
     assert not (out / "samples.jsonl").exists()
 
 

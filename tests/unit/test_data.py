@@ -57,6 +57,24 @@ def test_a_part_of_train_may_stand_for_the_test_split(tmp_path: Path) -> None:
     assert len(rows.test) == len(ROWS) // 5
 
 
+def test_a_part_of_the_test_split_holds_whole_questions(tmp_path: Path) -> None:
+    """Of rows of three texts, those alike in the first two: all or none."""
+    rows = [{"paragraph": f"p{i // 8}", "question": f"q{i // 4}", "answer": f"a{i}", "label": i % 2} for i in range(80)]
+    for split in ("train", "test"):
+        write(tmp_path, f"{split}.parquet", rows)
+    columns = ("paragraph", "question", "answer")
+    three = DataConfig(name=str(tmp_path), text_columns=columns, max_train_examples=10, max_test_examples=10)
+    found = load_rows(three, 0)
+    questions = found.test["question"][:]
+    assert (len(questions), len(set(questions))) == (8, 2)
+    assert questions != load_rows(three, 1).test["question"][:]
+    assert len(set(found.train["question"][:])) > 3  # nothing is asked of train's
+    pair = three.model_copy(update={"text_columns": columns[:2]})
+    assert len(load_rows(pair, 0).test) == 10
+    with pytest.raises(DataError, match="max_test_examples = 3: fewer rows than one value of paragraph, question has"):
+        load_rows(three.model_copy(update={"max_test_examples": 3}), 0)
+
+
 def test_labels_may_be_text(tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "label": ("yes", "no", "maybe")[i % 3]} for i in range(20)]
     loaded = load_rows(DataConfig(name=str(write(tmp_path, "data.csv", rows))), 0)

@@ -80,6 +80,32 @@ def test_a_decoder_s_windows_end_with_the_null_token() -> None:
     assert tuple(windows.labels[-1]) == (windows.nulls[-1],) * 2
 
 
+@pytest.mark.parametrize("answer", ["good", " good", "good  ", "  good  the "])
+def test_spaces_around_an_answer_are_no_part_of_it(answer: str) -> None:
+    """Neither of the golden one's label nor of the one given, though byte-level tokens take the space before them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    context = "  the film is  good  the plot was bad"
+    place = context.index(answer, 10)
+    asked = {
+        "question": ["film"],
+        "context": [context],
+        "answers": [{"text": [answer], "answer_start": [place]}],
+    }
+    windows = tokenize_questions(Dataset.from_dict(asked), DATA.model_copy(update={"max_tokens": 64}), TASK, tokenizer)
+    first, last = windows.labels[0]
+    (begin, _), (_, end) = windows.spans[0][[first, last]]
+    assert context[begin:end].strip() == answer.strip()
+    assert begin <= place + len(answer) - len(answer.lstrip()) < windows.spans[0][first][1]
+
+    logits = torch.zeros(2, 1, len(windows.spans[0]))
+    logits[0, 0, first] = logits[1, 0, last] = 9.0
+    model = nn.Module()
+    model.forward = lambda **_: SimpleNamespace(start_logits=logits[0], end_logits=logits[1])
+    (sample,) = task_of(tokenizer).samples(model, windows, [0])
+    assert sample["written"] == answer.strip()
+
+
 def test_a_question_that_leaves_no_room(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="row 0, a question that leaves its context 2 tokens, where windows share 2"):
         tokenize_questions(rows(""), DATA.model_copy(update={"max_tokens": 7}), TASK, tokenizer)
@@ -125,6 +151,8 @@ def test_answers_over_windows(
     assert found == pytest.approx(f1)
     assert evaluation.metrics["f1"] == pytest.approx(sum(f1) / 2)
     assert evaluation.metrics["exact_match"] == exact
+    # Both questions have the same gap: a threshold answers both or neither.
+    assert evaluation.metrics["best_f1"] == evaluation.metrics["best_exact_match"] == 0.5
 
 
 @settings(max_examples=50, deadline=None)

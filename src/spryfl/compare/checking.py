@@ -50,7 +50,8 @@ def _problems(suite: Suite, cell: Cell, known: dict[str, str | None]) -> Iterato
         yield there
     elif not suite.is_finished(cell):
         config = suite.run_config(cell)
-        key = config.data.model_dump_json() + config.guide.model_dump_json()  # looked at once, whatever the seed
+        # Looked at once, whatever the seed.
+        key = "".join(part.model_dump_json() for part in (config.data, config.task, config.guide))
         if key not in known:
             known[key] = _problem(lambda: _load_texts(config))
         if (problem := known[key]) is not None:
@@ -58,7 +59,8 @@ def _problems(suite: Suite, cell: Cell, known: dict[str, str | None]) -> Iterato
 
 
 def _load_texts(config: RunConfig) -> None:
-    rows = load_rows(config.data, config.seed)
+    """Read all text of a run, which tells whether it suits its task."""
+    rows = load_rows(config.data, config.seed, config.task)
     if config.guide.text is not None:
         load_public_text(config.guide, config.data, rows.num_labels, config.seed)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from spryfl.config import DataConfig
-from spryfl.data.examples import Batch, Examples
+from spryfl.data.examples import Batch, Examples, numbered
 from spryfl.data.task import Evaluation, evaluate_classes
 from spryfl.errors import DataError
 
@@ -54,20 +54,22 @@ def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:
 
     Of three texts (a paragraph, a question, an answer to judge) the second and third make one, the tokenizer's
     separator between them, and the first alone is cut, as what it is asked for must be read whole. Where those two
-    leave no room for any of the first, the longer side is cut as in pairs.
+    leave no room for any of the first, the longer side is cut as in pairs. Rows that differ in the third alone are one
+    group.
 
     Raises:
         DataError: `max_tokens` exceeds what the model can read.
     """
     limit = token_limit(config, tokenizer)
     texts = [list(rows[column]) for column in config.text_columns]
+    groups = numbered(zip(texts[0], texts[1], strict=True)) if len(texts) == 3 else None
     if len(texts) == 3:
         encoded = _cut_first(texts[0], _joined(texts[1], texts[2], tokenizer), limit, tokenizer)
     else:
         encoded = tokenizer(*texts, truncation=True, max_length=limit)
     names = list(encoded)
     encodings = [dict(zip(names, values, strict=True)) for values in zip(*(encoded[n] for n in names), strict=True)]
-    return Examples(encodings, np.asarray(rows[config.label_column][:], dtype=np.int64))
+    return Examples(encodings, np.asarray(rows[config.label_column][:], dtype=np.int64), groups=groups)
 
 
 def _joined(seconds: Sequence[str], thirds: Sequence[str], tokenizer: Any) -> list[str]:

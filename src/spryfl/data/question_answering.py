@@ -10,7 +10,7 @@ row's windows the best span is the best of all and the null score the least; no 
 null - best > `task.null_threshold`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from spryfl.data.examples import Batch, Examples
-from spryfl.data.metrics import exact_match, token_f1
+from spryfl.data.metrics import best_over_thresholds, exact_match, token_f1
 from spryfl.data.task import Evaluation, Sample, longest_first_batches
 from spryfl.data.windows import Windows
 
@@ -76,16 +76,16 @@ class QuestionAnswering:
     def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:
         """See `Task.evaluate`. The loss is a mean over windows; all else, and the count, is of the dataset's rows."""
         assert isinstance(examples, Windows)
-        predictions, loss = self._predictions(model, examples, rows, batch_size)
-        answered = [(examples.questions[s].answers, p.answer(self.null_threshold)) for s, p in predictions.items()]
-        exact = np.array([exact_match(answer, golden) for golden, answer in answered])
-        f1 = np.array([token_f1(answer, golden) for golden, answer in answered])
-        answerable = np.array([bool(golden) for golden, _ in answered])
+        found, loss = self._predictions(model, examples, rows, batch_size)
+        golden, predictions = [examples.questions[source].answers for source in found], list(found.values())
+        answers = [prediction.answer(self.null_threshold) for prediction in predictions]
+        f1, exact = (_each(score, answers, golden) for score in (token_f1, exact_match))
+        answerable = np.array([bool(own) for own in golden])
         metrics = {"f1": float(f1.mean()), "exact_match": float(exact.mean())}
         for name, some in (("f1_answerable", answerable), ("f1_unanswerable", ~answerable)):
             if some.any():
                 metrics[name] = float(f1[some].mean())
-        return Evaluation(loss, metrics, len(answered))
+        return Evaluation(loss, metrics | _best(predictions, golden, answerable), len(found))
 
     def samples(self, model: nn.Module, examples: Examples, rows: Sequence[int]) -> list[Sample]:
         """The model's answers to the questions of some windows."""
@@ -128,7 +128,28 @@ class QuestionAnswering:
             return Prediction("", -np.inf, null_score)
         first, last, score = best_span(starts[inside], ends[inside], self.max_answer_tokens)
         context = examples.questions[self._source(examples, row)].context
-        return Prediction(context[firsts[inside[first]] : lasts[inside[last]]], score, null_score)
+        # Byte-level tokens take the space before a word.
+        return Prediction(context[firsts[inside[first]] : lasts[inside[last]]].strip(), score, null_score)
+
+
+def _each(
+    score: Callable[[str, Sequence[str]], float], answers: Sequence[str], golden: Sequence[Sequence[str]]
+) -> np.ndarray:
+    return np.array([score(answer, own) for answer, own in zip(answers, golden, strict=True)])
+
+
+def _best(
+    predictions: Sequence[Prediction], golden: Sequence[Sequence[str]], answerable: np.ndarray
+) -> dict[str, float]:
+    """SQuAD v2's best scores, each at the threshold that is best for it on these rows, and F1's."""
+    texts = [prediction.text for prediction in predictions]
+    answered = np.array([text != "" for text in texts])
+    gaps = np.array([prediction.null_score - prediction.score for prediction in predictions])
+    (best_f1, threshold), (best_exact, _) = (
+        best_over_thresholds(_each(score, texts, golden), answerable, answered, gaps)
+        for score in (token_f1, exact_match)
+    )
+    return {"best_f1": best_f1, "best_exact_match": best_exact, "best_null_threshold": threshold}
 
 
 def _losses(starts: Tensor, ends: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.data.examples import Batch, Examples
-from spryfl.data.metrics import binary_f1
+from spryfl.data.metrics import binary_f1, question_scores
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
 """Metrics of which less is better."""
@@ -69,11 +69,14 @@ class Classifier(Protocol):
 def evaluate_classes(
     task: Classifier, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int
 ) -> Evaluation:
-    """Mean cross-entropy and accuracy; of two classes the F1 of class 1 too."""
+    """Mean cross-entropy and accuracy; of two classes the F1 of class 1 too, and where rows are grouped by question,
+    what is right of whole ones among these rows.
+    """
     total_loss = 0.0
     predicted, labels = [], []
+    parts = longest_first_batches(examples, rows, batch_size)
     with torch.inference_mode():
-        for part in longest_first_batches(examples, rows, batch_size):
+        for part in parts:
             batch = task.batch(examples, part)
             logits = task.logits(model, batch)
             total_loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
@@ -83,6 +86,8 @@ def evaluate_classes(
     metrics = {"accuracy": float((answers == right).mean())}
     if logits.shape[-1] == 2:
         metrics["f1"] = binary_f1(answers, right)
+        if examples.groups is not None:
+            metrics |= question_scores(answers, right, examples.groups[np.concatenate(parts)])
     return Evaluation(total_loss / len(rows), metrics, len(rows))
 
 
