@@ -30,7 +30,7 @@ def evaluate_clients(
     clients = sample_evaluated(holders, config.max_clients, bench.config.seed)
     found = {}
     if _is_due(config, "generalized", last):
-        found["generalized"] = evaluate_generalized(state, clients, runtime, metric)
+        found["generalized"] = evaluate_generalized(state, clients, runtime, metric, federation.deadline_seconds)
     if _is_due(config, "personalized", last):
         found["personalized"] = evaluate_personalized(state, federation, clients, runtime, metric)
     return found

@@ -112,23 +112,24 @@ class Workbench:
 
     @classmethod
     def of_client(cls, config: RunConfig, client: int, data: str | None, label_names: Sequence[str]) -> "Workbench":
-        """Load what one client needs, and no other's rows; there is nothing to evaluate on.
+        """Load what one client needs, and no other's rows: those it trains on and those it holds out; no test split.
 
         Args:
             data: a file or folder with the client's own data; None: its part of the run's data.
             label_names: the server's, one a class.
         """
+        others = [np.arange(0)] * client
         if data is not None:
             own_data = config.data.model_copy(update={"name": data, "subset": None})
             rows = load_own_rows(own_data, label_names, config.task)
-            part = np.arange(len(rows.train))
+            sides = hold_out([*others, np.arange(len(rows.train))], config.evaluation.held_out, config.seed)
         else:
             whole = load_rows(config.data, config.seed, config.task)
-            part = _partition(config, whole)[0][client]
-            rows = replace(whole, train=whole.train.select(part), test=whole.test.select([]))
-        nothing = np.arange(0)
-        own = [np.arange(len(part)) if c == client else nothing for c in range(client + 1)]
-        return cls._of_rows(config, rows, own, [nothing] * len(own))
+            training, held_out = (side[client] for side in _partition(config, whole))
+            own = np.sort(np.concatenate([training, held_out]))
+            rows = replace(whole, train=whole.train.select(own), test=whole.test.select([]))
+            sides = ([*others, np.searchsorted(own, training)], [*others, np.searchsorted(own, held_out)])
+        return cls._of_rows(config, rows, *sides)
 
     @classmethod
     def _of_rows(cls, config: RunConfig, rows: Rows, partition: Partition, held_out: Partition) -> "Workbench":

@@ -24,6 +24,7 @@ MINILM: dict[str, Any] = {
     "data": {"max_tokens": 16, "max_train_examples": 60, "max_test_examples": 40},
     "partition": {"kind": "iid", "num_clients": 3},
     "server": {"num_rounds": 5, "cohort_size": 3, "deadline_seconds": 120.0},
+    "evaluation": {"held_out": 0.2},
     "runtime": {"num_threads": 1},
 }
 
@@ -42,13 +43,16 @@ def assert_same_adapter(one: Path, other: Path) -> None:
         assert set(ours) == set(theirs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     mine, yours = (RunDirectory(path).read_events() for path in (one, other))
-    assert [(e.round, e.loss, e.accuracy, e.bytes_up) for e in mine] == [
-        (e.round, e.loss, e.accuracy, e.bytes_up) for e in yours
+    assert [(e.round, e.loss, e.accuracy, e.bytes_up, e.held_out) for e in mine] == [
+        (e.round, e.loss, e.accuracy, e.bytes_up, e.held_out) for e in yours
     ]
 
 
 def test_three_authenticated_nodes_train_what_one_process_trains(tmp_path: Path) -> None:
-    """Five rounds of a real model end bitwise where they end in one process; a node without a known key stays out."""
+    """Five rounds of a real model end bitwise where they end in one process, and clients' evaluations with them.
+
+    A node without a known key stays out.
+    """
     threads = torch.get_num_threads()
     expected = in_process(MINILM, tmp_path)
     torch.set_num_threads(threads)
@@ -58,6 +62,11 @@ def test_three_authenticated_nodes_train_what_one_process_trains(tmp_path: Path)
             world.start_node(partition, world.make_key(f"node{partition}"))
         assert world.finish(world.submit(), 400) == "finished:completed", world.log()
         assert_same_adapter(world.run_dir, expected)
+        held_out = world.events()[-1].held_out
+        assert {name: (own["num_clients"], own["num_examples"]) for name, own in held_out.items()} == {
+            "generalized": (3, 12),
+            "personalized": (3, 12),
+        }
         assert world.log().count("is here") == 3
         assert all(process.poll() not in (None, 0) for process in strangers)
         told = json.loads(world.spry("status", str(world.run_dir), "--json"))
@@ -89,9 +98,12 @@ class Misbehaving(type(app)):
         if case == (3, 2):
             time.sleep(6)  # it is killed in the meantime, once
         reply = honest(message=message, context=context)
+        parcel = parcel_of(reply)
+        if asked["kind"] == "evaluation_task" and case[0] == 1:
+            header = json.dumps(json.loads(parcel.header) | {"loss": float("nan")})
+            return Message(to_content(Parcel(header)), reply_to=message)
         if case not in ((1, 2), (1, 3)):
             return reply
-        parcel = parcel_of(reply)
         tensors = load(parcel.tensors)
         name = next(iter(tensors))
         if case == (1, 2):
@@ -117,10 +129,14 @@ def tiny(tiny_table: dict[str, dict[str, Any]], **server: object) -> dict[str, A
 def test_a_run_goes_on_whatever_its_clients_do(
     tiny_table: dict[str, dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Raising, hanging, NaN, a forged unit, a node killed and started anew, another base model: counted by kind."""
+    """Raising, hanging, NaN, a forged unit, a node killed and started anew, another base model: counted by kind.
+
+    So are those that do not, or not honestly, evaluate at the end.
+    """
     folder = tmp_path / "w"
     table = tiny(tiny_table, num_rounds=4, cohort_size=5, deadline_seconds=40.0)
     table |= {"model": {**table["model"], "name": "./base"}, "partition": {"kind": "iid", "num_clients": 5}}
+    table |= {"evaluation": {**table["evaluation"], "held_out": 0.2}}
     with FlowerWorld(folder, table, extra=MISBEHAVING) as world:
         shutil.copytree(tiny_model, folder / "base")
         shutil.copytree(tiny_model, folder / "other/base")
@@ -144,6 +160,12 @@ def test_a_run_goes_on_whatever_its_clients_do(
     assert [(e.round, client) for e in events for client in (0, 3) if client not in e.clients] == []
     assert [late for e in events for late in e.late] == ["2: its update of round 1 came too late"]
     assert events[0].failure_kinds == {"raised": 1, "deadline": 1, "refused": 1}
+    assert list(events[-1].held_out) == ["generalized", "personalized"]
+    for own in events[-1].held_out.values():
+        assert own["num_clients"] == 3
+        liar, stranger = own["failures"]
+        assert liar == "1: its loss is nan"
+        assert stranger.startswith("4: it holds another base model")
 
 
 @pytest.mark.flower

@@ -1,5 +1,6 @@
 """What clients' evaluations come to, by hand-sized numbers, and what they are asked."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -101,6 +102,23 @@ def test_personalized_by_hand(pace: str) -> None:
     assert state.values["w"].item() == 0.5
 
 
+def test_a_client_stops_itself_at_its_deadline() -> None:
+    """Before it evaluates, where training took all the time; it is missing, the others are not."""
+
+    class Slow(Rows):
+        def losses(self, model: Scale, batch: Tensor) -> Tensor:
+            time.sleep(0.5)
+            return super().losses(model, batch)
+
+    model, score_one = Scale(), score([True])
+    clients = [Client(model, rows(1.0), Backprop(), TRAINING, score=score_one) for rows in (Rows, Slow)]
+    here = InProcessRuntime(clients.__getitem__, lambda client: 1)
+    state = FederatedState(5, {"w": torch.tensor([0.5])})
+    found = evaluate_personalized(state, federation(deadline_seconds=0.4), [0, 1], here, "accuracy")
+    assert (found.num_clients, found.failures) == (1, ("1: stopped after training: its deadline of 0.4 s is over",))
+    assert evaluate_generalized(state, [0, 1], here, "accuracy", 0.4).num_clients == 2
+
+
 def test_a_client_without_held_out_rows_is_missing() -> None:
     state = FederatedState(5, {"w": torch.tensor([0.5])})
     found = evaluate_generalized(state, [0, 2], runtime(Scale()), "accuracy")
@@ -143,8 +161,10 @@ def test_malformed_evaluations_are_named(changes: dict[str, object], reason: str
     assert found.metrics == {"accuracy": 0.5, "f1": 0.1}
     assert list(found.metrics) == ["accuracy", "f1"]  # the main metric first, wherever a client puts it
     assert found.num_clients == 1
-    assert len(found.failures) == 2
+    unasked = ("1: no answer came",) if changes.get("client") == 9 else ()
+    assert len(found.failures) == 2 + len(unasked)
     assert any(reason in failure for failure in found.failures)
+    assert set(unasked) <= set(found.failures)
     assert "0: it was not asked for an evaluation, or has already sent one" in found.failures
 
 
@@ -154,7 +174,8 @@ def test_personalized_clients_get_the_units_of_a_cohort() -> None:
     state = FederatedState(1, {name: torch.zeros(1) for own in units.values() for name in own})
     own = federation(units=units, shared=("head",), num_clients=9)
     asked = Hostile()
-    evaluate_personalized(state, own, [3, 5, 8], asked, "accuracy")
+    evaluate_personalized(state, replace(own, deadline_seconds=7.0), [3, 5, 8], asked, "accuracy")
+    assert {(task.deadline_seconds, task.training.deadline_seconds) for task in asked.asked} == {(7.0, 7.0)}
     assert {task.client: task.training.units for task in asked.asked} == {
         3: ("u1", "u3", "head"),  # after one round the cycle starts at u1
         5: ("u0", "u2", "head"),
@@ -168,7 +189,8 @@ def test_personalized_clients_get_the_units_of_a_cohort() -> None:
     asked = Hostile()
     found = evaluate_personalized(state, replace(own, fit=fit), [3, 5, 8], asked, "accuracy")
     assert [(task.client, task.training.settings.chunk_bytes) for task in asked.asked] == [(3, 3), (8, 8)]
-    assert found.failures == ("5: it has the memory for no unit",)
+    silent = ("3: no answer came", "8: no answer came")  # nor any failure: they are counted all the same
+    assert found.failures == (silent[0], "5: it has the memory for no unit", silent[1])
 
 
 def test_sampled_clients_are_the_same_at_every_evaluation() -> None:

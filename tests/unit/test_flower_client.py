@@ -15,11 +15,11 @@ import torch
 from flower_world import wait_for
 from spryfl.config import RunConfig, parse_config
 from spryfl.errors import ConfigError, SpryError
-from spryfl.federated.messages import ClientTask
+from spryfl.federated.messages import ClientFailure, ClientTask, EvaluationTask
 from spryfl.presets import FLOWER_APP
 from spryfl.runtime.flower import performer, warm
 from spryfl.runtime.flower.settings import partition_of, read_order
-from spryfl.runtime.messages import decode_answer, encode_task
+from spryfl.runtime.messages import decode_evaluation, decode_update, encode_task
 from spryfl.runtime.parcels import Parcel
 from spryfl.workbench import Workbench
 
@@ -31,7 +31,7 @@ def tiny_file(tiny_table: dict[str, dict[str, object]], tmp_path: Path) -> Path:
     return file
 
 
-def order(file: Path, task: ClientTask | None = None, **changes: object) -> Parcel:
+def order(file: Path, task: ClientTask | EvaluationTask | None = None, **changes: object) -> Parcel:
     asked = None if task is None else encode_task(task)
     header = {"file": str(file), "overrides": [], "client": 1, "data": None, "labels": ["0", "1"], "shared": False}
     header |= {"task": None if asked is None else asked.header} | changes
@@ -50,7 +50,7 @@ def test_a_client_computes_what_it_would_in_process(tiny_file: Path, tiny_table:
     task = task_of(config)
     theirs = Workbench.from_config(config).client(1).update(task)
     for shared in (False, True):
-        ours = decode_answer(performer.answer(order(tiny_file, task, shared=shared)), 1)
+        ours = decode_update(performer.answer(order(tiny_file, task, shared=shared)), 1)
         assert (ours.loss, ours.num_examples) == (theirs.loss, theirs.num_examples)
         assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in theirs.tensors)
 
@@ -62,12 +62,44 @@ def test_a_clients_own_data_stays_with_it(
     own = tmp_path / "own.jsonl"
     own.write_text("\n".join(json.dumps({"text": "the film is bad", "label": 0}) for _ in range(5)))
     task = task_of(parse_config(tiny_table))
-    answer = decode_answer(performer.answer(order(tiny_file, task, data=str(own))), 1)
+    answer = decode_update(performer.answer(order(tiny_file, task, data=str(own))), 1)
     assert answer.num_examples == 5  # one class alone is no problem: the server names the classes
     own.write_text(json.dumps({"text": "x", "label": "secret"}))
-    refused = decode_answer(performer.answer(order(tiny_file, task, data=str(own), client=2)), 2)
+    refused = decode_update(performer.answer(order(tiny_file, task, data=str(own), client=2)), 2)
     assert "secret" not in refused.reason
     assert "'secret', which is none of the server's: 0, 1" in capfd.readouterr().err
+
+
+def test_a_client_evaluates_what_it_would_in_process(
+    tiny_file: Path, tiny_table: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    """The model it is sent and what it makes of that, on the rows it holds out, cut alike though it loads no others."""
+    config = parse_config(tiny_table | {"evaluation": {"held_out": 0.3}})
+    tiny_file.write_text(tomli_w.dumps(tiny_table | {"evaluation": {"held_out": 0.3}}))
+    training = task_of(config)
+    client = Workbench.from_config(config).client(1)
+    for task in (EvaluationTask(1, 1, training.values), EvaluationTask(1, 1, training.values, training)):
+        theirs = client.evaluate(task)
+        for shared in (False, True):
+            assert decode_evaluation(performer.answer(order(tiny_file, task, shared=shared)), 1) == theirs
+
+
+def test_a_client_holds_out_of_its_own_data(
+    tiny_file: Path, tiny_table: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    tiny_file.write_text(tomli_w.dumps(tiny_table | {"evaluation": {"held_out": 0.3}}))
+    own = tmp_path / "own.jsonl"
+    task = task_of(parse_config(tiny_table))
+    asked = EvaluationTask(1, 1, task.values)
+    for num_rows, num_trained, num_held in ((10, 7, 3), (1, 1, 0)):
+        own.write_text("\n".join(json.dumps({"text": "the film is bad", "label": 0}) for _ in range(num_rows)))
+        header = {"data": str(own), "overrides": [f"seed={num_rows}"]}
+        assert decode_update(performer.answer(order(tiny_file, task, **header)), 1).num_examples == num_trained
+        found = decode_evaluation(performer.answer(order(tiny_file, asked, **header)), 1)
+        if num_held:
+            assert found.num_examples == num_held
+        else:
+            assert isinstance(found, ClientFailure)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
-from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
+from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.runtime.flower import runtime as flower_runtime
 from spryfl.runtime.flower.presence import Presence
 from spryfl.runtime.flower.runtime import FlowerRuntime
@@ -24,7 +24,7 @@ from spryfl.runtime.messages import decode_task, encode_answer
 from spryfl.runtime.parcels import Parcel
 
 VALUES = {"a": torch.ones(2)}
-Answer = ClientUpdate | ClientFailure | Error | None
+Answer = ClientUpdate | ClientEvaluation | ClientFailure | Error | None
 
 
 def task(client: int, round: int = 1) -> ClientTask:
@@ -35,6 +35,14 @@ def update(task: ClientTask) -> ClientUpdate:
     return ClientUpdate(task.round, task.client, 4, 0.5, {"a": task.values["a"] + task.client})
 
 
+def evaluation_task(client: int) -> EvaluationTask:
+    return EvaluationTask(1, client, VALUES, deadline_seconds=0.0)
+
+
+def evaluation(task: EvaluationTask) -> ClientEvaluation:
+    return ClientEvaluation(task.round, task.client, 4, 0.5, {"accuracy": task.client / 8})
+
+
 @dataclass
 class Node:
     """A node: its partition, its base model, and what it does with a task; None: nothing, ever."""
@@ -42,6 +50,7 @@ class Node:
     client: int
     base: str = "base"
     perform: Callable[[ClientTask], Answer] = update
+    evaluate: Callable[[EvaluationTask], Answer] = evaluation
     since: str = "start"
 
 
@@ -51,7 +60,7 @@ class Grid:
     def __init__(self, nodes: dict[int, Node]) -> None:
         self.nodes = nodes
         self.replies: dict[str, Message] = {}
-        self.sent: list[tuple[int, ClientTask]] = []
+        self.sent: list[tuple[int, ClientTask | EvaluationTask]] = []
 
     def get_nodes(self) -> list[Any]:
         return [SimpleNamespace(node_id=i, last_activated_at=node.since) for i, node in self.nodes.items()]
@@ -73,7 +82,7 @@ class Grid:
             return to_content(Parcel(json.dumps({"kind": "presence", "client": node.client, "base": node.base})))
         asked = decode_task(parcel)
         self.sent.append((node_id, asked))
-        answer = node.perform(asked)
+        answer = node.evaluate(asked) if isinstance(asked, EvaluationTask) else node.perform(asked)
         return answer if answer is None or isinstance(answer, Error) else to_content(encode_answer(answer))
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -180,4 +189,50 @@ def test_an_update_that_comes_too_late_is_handed_on_in_the_next_round() -> None:
     del grid.pull_messages
     grid.replies |= held
     second = list(runtime.run([task(0, 2), task(1, 2)]))
+    assert sorted((a.client, a.round) for a in second) == [(0, 2), (1, 1), (1, 2)]
+
+
+def test_evaluations_come_from_the_nodes_that_hold_the_partitions() -> None:
+    """Whoever is absent, refused, silent or sends an update instead is told of; no other is kept back."""
+    grid = Grid(
+        {
+            77: Node(2),
+            55: Node(0),
+            66: Node(1, evaluate=lambda asked: None),
+            44: Node(3, base="another"),
+            33: Node(5, evaluate=lambda asked: update(task(asked.client))),
+            22: Node(6, evaluate=lambda asked: replace(evaluation(asked), client=0)),
+        }
+    )
+    runtime = connected(grid)
+    answers = {a.client: a for a in runtime.evaluate([evaluation_task(client) for client in range(7)])}
+    assert [answers[client] for client in (0, 2)] == [evaluation(evaluation_task(client)) for client in (0, 2)]
+    kinds = {client: a.kind for client, a in answers.items() if isinstance(a, ClientFailure)}
+    assert kinds == {1: "deadline", 3: "refused", 4: "absent", 5: "refused", 6: "refused"}
+    assert list(runtime.evaluate([])) == []
+
+
+def test_late_updates_outlast_an_evaluation_and_late_evaluations_do_not() -> None:
+    """An update that comes while clients evaluate is late in the next round; an evaluation that comes then is gone."""
+    grid = Grid({1: Node(0), 2: Node(1)})
+    runtime = connected(grid)
+    held: dict[str, Message] = {}
+
+    def hold_second(ids: Iterable[str]) -> list[Message]:
+        held.update({i: grid.replies.pop(i) for i in list(grid.replies) if "m1" in i})
+        return Grid.pull_messages(grid, ids)
+
+    grid.pull_messages = hold_second
+    assert [getattr(a, "kind", None) for a in runtime.run([task(0), task(1)])] == [None, "deadline"]
+    del grid.pull_messages
+    grid.replies |= held  # the update comes now
+    assert [type(a) for a in runtime.evaluate([evaluation_task(0)])] == [ClientEvaluation]
+    held.clear()
+    grid.pull_messages = hold_second
+    late = list(runtime.evaluate([evaluation_task(0), evaluation_task(1)]))
+    assert [getattr(a, "kind", None) for a in late] == [None, "deadline"]
+    del grid.pull_messages
+    grid.replies |= held  # the evaluation comes now
+    second = list(runtime.run([task(0, 2), task(1, 2)]))
+    assert all(isinstance(a, ClientUpdate) for a in second)
     assert sorted((a.client, a.round) for a in second) == [(0, 2), (1, 1), (1, 2)]

@@ -1,6 +1,7 @@
 """Tasks and updates as bytes and back, bit by bit; what is malformed is refused by name."""
 
 import json
+import math
 import socket
 import threading
 from dataclasses import replace
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from spryfl.federated.fitting import PassSettings
-from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
-from spryfl.runtime.messages import decode_answer, decode_task, encode_answer, encode_task
+from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTask, ClientUpdate, EvaluationTask
+from spryfl.runtime.messages import decode_evaluation, decode_task, decode_update, encode_answer, encode_task
 from spryfl.runtime.parcels import Parcel, receive_parcel, send_parcel
 
 VALUES = {"low.a": torch.randn(2, 3), "high.b": torch.zeros(0), "head": torch.tensor(1e-42)}
 TASK = ClientTask(3, 7, 2**62 + 1, ("low", "head"), ("low.a", "head"), VALUES, "values", groups=(("low.a",), ("head",)))
+EVALUATION = ClientEvaluation(3, 7, 5, 0.1 + 0.2, {"accuracy": 1 / 3, "f1": 1.0})
 UPDATE = ClientUpdate(3, 7, 5, 0.1 + 0.2, {"low.a": VALUES["low.a"]}, None, 1.5, 0.5, 10)
 
 SLOPES = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9)
@@ -39,7 +41,10 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     ],
 )
 def test_a_task_arrives_as_it_was_sent(task: ClientTask) -> None:
-    got = decode_task(encode_task(task))
+    assert_same_task(decode_task(encode_task(task)), task)
+
+
+def assert_same_task(got: ClientTask, task: ClientTask) -> None:
     parts = ("values", "maps", "momentum", "last_change")
     for name in parts:
         assert_same(getattr(got, name), getattr(task, name))
@@ -47,9 +52,27 @@ def test_a_task_arrives_as_it_was_sent(task: ClientTask) -> None:
     assert replace(got, **nothing) == replace(task, **nothing)
 
 
+@pytest.mark.parametrize("training", [None, replace(TASK, last_change={"low.a": torch.ones(2, 3)})])
+def test_an_evaluations_task_arrives_as_it_was_sent(training: ClientTask | None) -> None:
+    """The values once, though it trains from them first."""
+    task = EvaluationTask(3, 7, VALUES, training, 2.5)
+    parcel = encode_task(task)
+    names = [f"values/{name}" for name in VALUES] + ([] if training is None else ["last_change/low.a"])
+    assert sorted(load(parcel.tensors)) == sorted(names)
+    got = decode_task(parcel)
+    assert_same(got.values, VALUES)
+    assert replace(got, values={}, training=None) == replace(task, values={}, training=None)
+    if training is None:
+        assert got.training is None
+    else:
+        assert_same_task(got.training, training)
+
+
 def test_clients_with_the_same_values_get_the_same_tensor_bytes() -> None:
     """So the SuperLink keeps them once."""
     assert encode_task(TASK).tensors == encode_task(replace(TASK, client=1, units=("high",))).tensors
+    one, other = (encode_task(EvaluationTask(3, client, VALUES)) for client in (0, 1))
+    assert one.tensors == other.tensors
 
 
 @settings(max_examples=30, deadline=None)
@@ -60,7 +83,7 @@ def test_clients_with_the_same_values_get_the_same_tensor_bytes() -> None:
 )
 def test_an_update_arrives_as_it_was_sent(loss: float | None, variance: float | None, slopes: list[float]) -> None:
     update = replace(UPDATE, loss=loss, variance=variance, slopes=torch.tensor([slopes]), tensors={})
-    got = decode_answer(encode_answer(update), 7)
+    got = decode_update(encode_answer(update), 7)
     assert isinstance(got, ClientUpdate)
     assert torch.equal(got.slopes, update.slopes)
     assert replace(got, slopes=None) == replace(update, slopes=None)
@@ -74,7 +97,18 @@ def test_slopes_take_less_than_a_kilobyte() -> None:
 
 def test_a_failure_arrives_as_it_was_sent() -> None:
     failure = ClientFailure(7, "no battery", "deadline")
-    assert decode_answer(encode_answer(failure), 7) == failure
+    assert decode_update(encode_answer(failure), 7) == failure
+    assert decode_evaluation(encode_answer(failure), 7) == failure
+
+
+def test_an_evaluation_arrives_as_it_was_sent() -> None:
+    """Bit by bit, the main metric first; a loss that is not finite too, for the rounds to refuse."""
+    got = decode_evaluation(encode_answer(EVALUATION), 7)
+    assert got == EVALUATION
+    assert list(got.metrics) == list(EVALUATION.metrics)
+    lost = decode_evaluation(encode_answer(replace(EVALUATION, loss=math.nan, metrics={"perplexity": math.inf})), 7)
+    assert math.isnan(lost.loss)
+    assert lost.metrics == {"perplexity": math.inf}
 
 
 def malformed() -> dict[str, Parcel]:
@@ -100,10 +134,36 @@ def malformed() -> dict[str, Parcel]:
 
 @pytest.mark.parametrize("reason", malformed())
 def test_a_malformed_answer_is_refused(reason: str) -> None:
-    answer = decode_answer(malformed()[reason], 7)
+    answer = decode_update(malformed()[reason], 7)
     assert isinstance(answer, ClientFailure)
     assert answer.kind == "refused"
     assert reason in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kind": "update"}, "does not match any of the expected tags"),
+        ({"client": 8}, "answered as client 8"),
+        ({"num_examples": "5"}, "num_examples: Input should be a valid integer"),
+        ({"loss": None}, "loss: Input should be a valid number"),
+        ({"metrics": {"accuracy": "1"}}, "metrics.accuracy: Input should be a valid number"),
+        ({"metrics": {str(name): 1.0 for name in range(101)}}, "metrics: Dictionary should have at most 100 items"),
+        ({"metrics": {"x" * 101: 1.0}}, "String should have at most 100 characters"),
+    ],
+)
+def test_a_malformed_evaluation_is_refused(changes: dict[str, object], reason: str) -> None:
+    row = json.loads(encode_answer(EVALUATION).header) | changes
+    answer = decode_evaluation(Parcel(json.dumps(row)), 7)
+    assert isinstance(answer, ClientFailure)
+    assert answer.kind == "refused"
+    assert reason in answer.reason
+    assert len(answer.reason) < 500
+
+
+def test_an_evaluation_has_no_tensors() -> None:
+    answer = decode_evaluation(replace(encode_answer(EVALUATION), tensors=save({"x": torch.ones(1)})), 7)
+    assert answer == ClientFailure(7, "it sent tensors, which are no part of an evaluation", "refused")
 
 
 def test_parcels_pass_a_stream_whole() -> None:

@@ -60,7 +60,7 @@ def malform(update: ClientUpdate, rng: random.Random) -> ClientUpdate:
         {},
     ]
     changes: list[dict[str, object]] = [{"tensors": tensors} for tensors in broken_tensors]
-    changes += [{"num_examples": wrong} for wrong in (0, -3, 2.0, "9", None, True)]
+    changes += [{"num_examples": wrong} for wrong in (0, -3, 2.0, "9", None, True, 10**400)]
     changes += [{"loss": wrong} for wrong in (float("nan"), float("inf"), None, "0")]
     changes += [{"round": update.round + rng.choice([-1, 1])}, {"client": 99}, {"slopes": torch.zeros(2, 2)}]
     return replace(update, **rng.choice(changes))

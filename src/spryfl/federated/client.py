@@ -155,7 +155,7 @@ class Client(Generic[BatchT]):
         estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes or self.training.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
             for step, rows in enumerate(self._batches(task)):
-                _require_time(task, time.perf_counter() - started, step)
+                _require_time(task, time.perf_counter() - started, f"{step} steps")
                 estimate = estimator.estimate(
                     self.model,
                     self._loss(task, step, rows),
@@ -192,14 +192,16 @@ class Client(Generic[BatchT]):
         step of a per-iteration method's round would personalize nothing.
 
         Raises:
+            DeadlineError: training has taken up the time to evaluate.
             SpryError: it holds no rows out.
         """
         if self.score is None:
             raise SpryError(f"client {task.client} holds out no rows")
-        values = task.values
+        started, values = time.perf_counter(), task.values
         if task.training is not None:
             trained = replace(self, training=replace(self.training, pace="epoch")).update(task.training)
             values = values | trained.tensors
+        _require_time(task, time.perf_counter() - started, "training")
         with loaded(self.model, values):
             scores = self.score(self.model)
         return ClientEvaluation(task.round, task.client, scores.num_examples, scores.loss, dict(scores.metrics))
@@ -240,9 +242,9 @@ class Client(Generic[BatchT]):
         return [] if device.type == "cpu" else [device]
 
 
-def _require_time(task: ClientTask, seconds: float, step: int) -> None:
+def _require_time(task: ClientTask | EvaluationTask, seconds: float, done: str) -> None:
     if task.deadline_seconds is not None and seconds > task.deadline_seconds:
-        raise DeadlineError(f"stopped after {step} steps: its deadline of {task.deadline_seconds:g} s is over")
+        raise DeadlineError(f"stopped after {done}: its deadline of {task.deadline_seconds:g} s is over")
 
 
 def _with_tangents(estimator: Any, num_tangents: int) -> GradientEstimator:

@@ -60,14 +60,21 @@ def sample_evaluated(clients: Sequence[int], max_clients: int | None, seed: int)
 
 
 def evaluate_generalized(
-    state: FederatedState, clients: Sequence[int], runtime: Runtime, metric: str
+    state: FederatedState,
+    clients: Sequence[int],
+    runtime: Runtime,
+    metric: str,
+    deadline_seconds: float | None = None,
 ) -> ClientsEvaluation:
     """The present values on what each client holds out.
 
     Args:
         metric: the task's main one.
+        deadline_seconds: of each client; who takes longer is missing.
     """
-    return _evaluate([EvaluationTask(state.round, client, state.values) for client in clients], runtime, metric, ())
+    limit = deadline_seconds
+    tasks = [EvaluationTask(state.round, client, state.values, deadline_seconds=limit) for client in clients]
+    return _evaluate(tasks, runtime, metric, ())
 
 
 def evaluate_personalized(
@@ -78,7 +85,7 @@ def evaluate_personalized(
     The server keeps nothing of it.
     """
     trainings, unable = _trainings(state, federation, clients)
-    tasks = [EvaluationTask(state.round, own.client, state.values, own) for own in trainings]
+    tasks = [EvaluationTask(state.round, t.client, state.values, t, t.deadline_seconds) for t in trainings]
     failures = [ClientFailure(client, "it has the memory for no unit") for client in unable]
     return _evaluate(tasks, runtime, metric, failures)
 
@@ -105,11 +112,12 @@ def _trainings(
 def _evaluate(
     tasks: Sequence[EvaluationTask], runtime: Runtime, metric: str, unable: Sequence[ClientFailure]
 ) -> ClientsEvaluation:
-    """Gather the clients' evaluations; one that is malformed counts as a failure."""
+    """Gather the clients' evaluations; one that is malformed, or never comes, counts as a failure."""
     open_tasks = {task.client: task for task in tasks}
     valid, failures = [], list(unable)
     for answer in runtime.evaluate(tasks):
         if isinstance(answer, ClientFailure):
+            open_tasks.pop(answer.client, None)
             failures.append(answer)
             continue
         try:
@@ -118,6 +126,7 @@ def _evaluate(
             failures.append(ClientFailure(answer.client, str(error)))
         else:
             valid.append(answer)
+    failures += [ClientFailure(client, "no answer came", "lost") for client in open_tasks]
     return _summarize(valid, metric, failures)
 
 

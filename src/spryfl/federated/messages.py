@@ -105,12 +105,14 @@ class EvaluationTask:
         client: its partition id.
         values: of every trainable parameter.
         training: what it trains first, from those values ("personalized"); None: nothing ("generalized").
+        deadline_seconds: from when the client begins, training included.
     """
 
     round: int
     client: int
     values: dict[str, Tensor]
     training: ClientTask | None = None
+    deadline_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from torch import Tensor
 from spryfl.errors import UpdateRefusedError
 from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
 
+MAX_EXAMPLES = 2**40
+
 
 def validate_update(
     update: ClientUpdate, task: ClientTask | None, slopes_shape: tuple[int, int] | None, *, tells_loss: bool = True
@@ -68,6 +70,8 @@ def validate_evaluation(evaluation: ClientEvaluation, task: EvaluationTask | Non
 def _validate_count(count: object) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UpdateRefusedError(f"num_examples is {count!r}, not a positive whole number")
+    if count > MAX_EXAMPLES:  # in JSON a number has as many digits as its sender likes; as a weight it must be a float
+        raise UpdateRefusedError(f"num_examples is above {MAX_EXAMPLES:,}")
 
 
 def require_norm(change: Mapping[str, Tensor], bound: float | None) -> None:

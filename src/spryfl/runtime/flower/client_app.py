@@ -1,4 +1,4 @@
-"""The ClientApp: the same client update as in one process, on data of the node's own.
+"""The ClientApp: the same client updates and evaluations as in one process, on data of the node's own.
 
 Flower starts a process for every message. What is slow to load stays in a process that outlives it (`warm`), unless the
 node is configured otherwise; a simulation's processes outlive their messages themselves.
@@ -37,6 +37,10 @@ def client_app(config_file: Path) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         return _reply(config_file, message, context)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _reply(config_file, message, context)
+
     return app
 
 
@@ -52,7 +56,7 @@ def _answer(config_file: Path, message: Message, context: Context) -> Parcel:
     order = read_order(config_file, context.run_config)
     parcel = parcel_of(message)
     asked = json.loads(parcel.header)
-    is_task = asked["kind"] == "task"
+    is_task = asked["kind"] != "presence"
     data = context.node_config.get("data")
     simulated = "ray" in sys.modules  # then this process outlives the message itself, and stands for many clients
     header = {

@@ -11,7 +11,7 @@ import torch
 
 from spryfl.config import RunConfig, load_config
 from spryfl.errors import SpryError
-from spryfl.federated.messages import ClientFailure
+from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientUpdate, EvaluationTask
 from spryfl.models.fingerprint import base_fingerprint
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.messages import decode_task, encode_answer
@@ -29,12 +29,14 @@ def answer(order: Parcel) -> Parcel:
             its tensors are the task's.
     """
     header = json.loads(order.header)
+    result: ClientUpdate | ClientEvaluation | ClientFailure
     try:
         if header["task"] is None:
             return _presence(header)
         names = ("file", "overrides") if header["shared"] else ("file", "overrides", "client", "data", "labels")
         runtime = (_shared_runtime if header["shared"] else _runtime)(*(_frozen(header[name]) for name in names))
-        (result,) = runtime.run([decode_task(Parcel(header["task"], order.tensors))])
+        task = decode_task(Parcel(header["task"], order.tensors))
+        (result,) = runtime.evaluate([task]) if isinstance(task, EvaluationTask) else runtime.run([task])
     except SpryError as error:
         result = ClientFailure(header["client"], str(error))
     if isinstance(result, ClientFailure) and result.kind == "raised":

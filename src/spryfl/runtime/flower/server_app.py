@@ -10,7 +10,7 @@ from typing import IO
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from spryfl.errors import ConfigError, RunDirectoryError, SpryError
+from spryfl.errors import RunDirectoryError, SpryError
 from spryfl.federated.messages import Runtime
 from spryfl.models.fingerprint import base_fingerprint
 from spryfl.run import hold_to, run, with_absolute_paths
@@ -38,8 +38,6 @@ def server_app(config_file: Path) -> ServerApp:
 def serve(grid: Grid, order: Order) -> Summary:
     """Perform a run on a grid; if its directory holds a part of it already, go on from there."""
     config = with_absolute_paths(order.config)
-    if config.evaluation.held_out > 0:
-        raise ConfigError("evaluation.held_out: clients are not asked for evaluations over Flower: set it to 0")
 
     @contextmanager
     def connect(bench: Workbench, before_client: Callable[[], None]) -> Iterator[Runtime]:
@@ -94,9 +92,13 @@ class _Log:
     def round_finished(self, event: RoundEvent) -> None:
         parts = [f"round {event.round} of {self._num_rounds}", f"{event.num_updates} updates"]
         parts += [f"loss {event.loss:.3f}"] if event.loss is not None else []
-        parts += [f"accuracy {event.accuracy:.3f}"] if event.accuracy is not None else []
+        parts += [f"{name} {value:.3f}" for name, value in list(event.metrics.items())[:1]]
         parts += [f"client {reason}" for reason in (*event.failures, *event.refused, *event.late)]
+        for name, own in event.held_out.items():
+            score = getattr(event, name)
+            parts += [f"{name} {'unknown' if score is None else f'{score:.3f}'} of {own['num_clients']} clients"]
+            parts += [f"not of client {reason}" for reason in own["failures"]]
         print("; ".join(parts), flush=True)
 
     def finished(self, summary: Summary) -> None:
-        print(f"done: accuracy {summary.accuracy:.3f} in {summary.run_directory}", flush=True)
+        print(f"done: {summary.metric} {summary.score:.3f} in {summary.run_directory}", flush=True)
