@@ -177,6 +177,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("guided identity", "h=0", GUIDED, rates_of="guess maps h=0"),
         _guess("h=0, by layer", BY_LAYER),
         _guess("h=2, by layer", BY_LAYER | {"guide.horizon": 2}),
+        _guess("h=3, by layer", BY_LAYER | {"guide.horizon": 3}),
         Variant(
             "backprop split",
             "by layer",

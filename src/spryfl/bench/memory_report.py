@@ -114,7 +114,7 @@ def plot_growth(rows: Sequence[Row], path: Path) -> None:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The README's table: each work's activation peaks side by side, and forward mode's resident peak."""
+    """The README's table: each work's activation peaks side by side, and forward mode's resident peak; times below."""
     works = dict.fromkeys(row["work"] for row in rows if row["work"] not in ("growth", "truth"))
     columns = ("inference", "forward", "backprop_budgeted", "backprop_checkpointed", "backprop")
     lines = [
@@ -131,7 +131,20 @@ def headline(rows: Sequence[Row]) -> str:
             size = f"{first['precision']}, batch {first['batch']}, {first['tokens']} tokens"
             depth = f", {first['layers']} layers"
             lines.append(f"| {first['model']} shape{depth}, {size}{place} | " + " | ".join(cells) + f" | {resident} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_times(rows)]) + "\n"
+
+
+def _times(rows: Sequence[Row]) -> list[str]:
+    """A line for each work that was timed several times over."""
+    lines = []
+    for work in dict.fromkeys(row["work"] for row in rows if row.get("repeats", 1) > 1):
+        known = {r["estimator"]: r for r in rows if r["work"] == work and _is_standard(r) and CPU in r}
+        if "inference" not in known:
+            continue
+        base = _seconds(known["inference"])
+        told = [f"{name} {_seconds(row) / base:.2f}" for name, row in known.items() if name != "inference"]
+        lines += ["", f"CPU time of a step, in inferences, {known['inference']['layers']} layers: {', '.join(told)}."]
+    return lines
 
 
 def _is_standard(row: Row) -> bool:
