@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from spryfl.compare.plots import plot_dataset
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
-from spryfl.compare.tables import Table, results_table, search_table, target_table
+from spryfl.compare.tables import Table, metrics_table, results_table, search_table, target_table
 from spryfl.report.intervals import interval
 from spryfl.tracking.events import RoundEvent
 
@@ -48,6 +48,7 @@ def row(**more: Any) -> ResultRow:
         "generalized": None,
         "personalized": None,
         "central_test": 0.5,
+        "metrics": '{"accuracy": 0.5}',
         "loss": 1.0,
         "client_seconds": 20.0,
         "client_cpu_seconds": 10.0,
@@ -118,6 +119,22 @@ def test_results_table_by_hand() -> None:
     ]
     with_clients = results_table([replace(rows[0], generalized=0.61, personalized=0.72)])
     assert with_clients.lines[0][2:5] == ["0.500", "0.610", "0.720"]
+
+
+def test_metrics_table_has_all_that_any_run_has() -> None:
+    rows = [
+        row(metrics='{"f1": 0.5, "best_f1": 0.75}'),
+        row(seed=1, metrics='{"f1": 0.5, "best_f1": 0.75, "f1_answerable": 0.25}'),
+        row(label="Other", metrics='{"f1": 0.25, "best_f1": 0.5}'),
+    ]
+    table = metrics_table(rows)
+    assert table is not None
+    assert list(table.headings) == ["method", "f1", "best f1", "f1 answerable"]
+    assert list(map(list, table.lines)) == [
+        ["Spry", "0.500 ± 0.000", "0.750 ± 0.000", "0.250"],
+        ["Other", "0.250", "0.500", ""],
+    ]
+    assert metrics_table([row()]) is None
 
 
 def test_target_table_compares_the_seeds_that_both_reached() -> None:
