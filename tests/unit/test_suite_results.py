@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from spryfl.compare.plots import plot_dataset
+from spryfl.compare.plots import plot_dataset, scores_seen
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
 from spryfl.compare.tables import Table, metrics_table, results_table, search_table, target_table
 from spryfl.report.intervals import interval
@@ -188,3 +188,15 @@ def test_curves_are_drawn_over_rounds_time_and_bytes(tmp_path: Path) -> None:
     ]
     plot_dataset(results, ["Spry", "FedYogi", "not run yet"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_axis_of_scores_shows_every_seed_and_the_target() -> None:
+    """Whatever the intervals; an infinite perplexity does not widen it."""
+
+    def result(*scores: float | None, target: float | None = None) -> Result:
+        return Result(row(target=target), tuple(event(r, score) for r, score in enumerate(scores)))
+
+    assert scores_seen([result(0.3, None, 0.5), result(0.4, 0.7)]) == pytest.approx((0.26, 0.74))
+    assert scores_seen([result(0.3, 0.5, target=0.8)]) == pytest.approx((0.25, 0.85))
+    assert scores_seen([result(float("inf"), 20.0, 30.0)]) == pytest.approx((19.0, 31.0))
+    assert scores_seen([result(0.5)]) == pytest.approx((0.45, 0.55))

@@ -46,7 +46,7 @@ def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) 
             axes.axhline(results[0].row.target, color="grey", linestyle=":", linewidth=1)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel=f"test {results[0].row.metric}", ylim=_scores_seen(results))
+    panels[0].set(ylabel=f"test {results[0].row.metric}", ylim=scores_seen(results))
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[1:]:
         axes.set_xscale("log", nonpositive="mask")  # costs of methods lie powers of ten apart
@@ -58,7 +58,7 @@ def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) 
     save_figure(figure, path)
 
 
-def _scores_seen(results: Sequence[Result]) -> tuple[float, float]:
+def scores_seen(results: Sequence[Result]) -> tuple[float, float]:
     """From the least to the largest score of any seed, and the target: intervals of few seeds reach far beyond."""
     scores = [event.score for result in results for event in result.events if event.score is not None]
     known = [score for score in (*scores, results[0].row.target) if score is not None and np.isfinite(score)]
