@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from spryfl.compare.plots import plot_dataset
+from spryfl.compare.plots import plot_dataset, scores_seen
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
-from spryfl.compare.tables import Table, results_table, search_table, target_table
+from spryfl.compare.tables import Table, metrics_table, results_table, search_table, target_table
 from spryfl.report.intervals import interval
 from spryfl.tracking.events import RoundEvent
 
@@ -48,6 +48,7 @@ def row(**more: Any) -> ResultRow:
         "generalized": None,
         "personalized": None,
         "central_test": 0.5,
+        "metrics": '{"accuracy": 0.5}',
         "loss": 1.0,
         "client_seconds": 20.0,
         "client_cpu_seconds": 10.0,
@@ -120,6 +121,22 @@ def test_results_table_by_hand() -> None:
     assert with_clients.lines[0][2:5] == ["0.500", "0.610", "0.720"]
 
 
+def test_metrics_table_has_all_that_any_run_has() -> None:
+    rows = [
+        row(metrics='{"f1": 0.5, "best_f1": 0.75}'),
+        row(seed=1, metrics='{"f1": 0.5, "best_f1": 0.75, "f1_answerable": 0.25}'),
+        row(label="Other", metrics='{"f1": 0.25, "best_f1": 0.5}'),
+    ]
+    table = metrics_table(rows)
+    assert table is not None
+    assert list(table.headings) == ["method", "f1", "best f1", "f1 answerable"]
+    assert list(map(list, table.lines)) == [
+        ["Spry", "0.500 ± 0.000", "0.750 ± 0.000", "0.250"],
+        ["Other", "0.250", "0.500", ""],
+    ]
+    assert metrics_table([row()]) is None
+
+
 def test_target_table_compares_the_seeds_that_both_reached() -> None:
     def there(cpu: float, seed: int, label: str) -> ResultRow:
         return row(
@@ -171,3 +188,15 @@ def test_curves_are_drawn_over_rounds_time_and_bytes(tmp_path: Path) -> None:
     ]
     plot_dataset(results, ["Spry", "FedYogi", "not run yet"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_axis_of_scores_shows_every_seed_and_the_target() -> None:
+    """Whatever the intervals; an infinite perplexity does not widen it."""
+
+    def result(*scores: float | None, target: float | None = None) -> Result:
+        return Result(row(target=target), tuple(event(r, score) for r, score in enumerate(scores)))
+
+    assert scores_seen([result(0.3, None, 0.5), result(0.4, 0.7)]) == pytest.approx((0.26, 0.74))
+    assert scores_seen([result(0.3, 0.5, target=0.8)]) == pytest.approx((0.25, 0.85))
+    assert scores_seen([result(float("inf"), 20.0, 30.0)]) == pytest.approx((19.0, 31.0))
+    assert scores_seen([result(0.5)]) == pytest.approx((0.45, 0.55))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from spryfl.compare.results import Result
 from spryfl.report.intervals import interval
@@ -45,12 +46,25 @@ def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) 
             axes.axhline(results[0].row.target, color="grey", linestyle=":", linewidth=1)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"test {results[0].row.metric}")
+    panels[0].set(ylabel=f"test {results[0].row.metric}", ylim=scores_seen(results))
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[1:]:
         axes.set_xscale("log", nonpositive="mask")  # costs of methods lie powers of ten apart
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     save_figure(figure, path)
+
+
+def scores_seen(results: Sequence[Result]) -> tuple[float, float]:
+    """From the least to the largest score of any seed, and the target: intervals of few seeds reach far beyond."""
+    scores = [event.score for result in results for event in result.events if event.score is not None]
+    known = [score for score in (*scores, results[0].row.target) if score is not None and np.isfinite(score)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    margin = 0.1 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def _draw(axes: Axes, results: Sequence[Result], label: str, quantity: Quantity, place: int) -> None:

@@ -9,13 +9,14 @@ curves-NAME.png   of each dataset
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from html import escape
 from pathlib import Path
 
 from spryfl.compare.cells import Suite
 from spryfl.compare.plots import plot_dataset
 from spryfl.compare.results import Result, ResultRow, read_results, write_parquet
-from spryfl.compare.tables import Table, note, results_table, search_table, target_table
+from spryfl.compare.tables import Table, metrics_table, note, results_table, search_table, target_table
 from spryfl.tracking.run_directory import write_atomically
 
 STYLE = (
@@ -60,12 +61,17 @@ def report_sections(suite: Suite, rows: Sequence[ResultRow]) -> list[Section]:
     """The report, apart from how it is written down."""
     reference = next((m.shown for m in suite.config.method if m.name == suite.config.reference), None)
     total = len(suite.cells())
-    sections = [Section("", [f"{len(rows)} of {total} runs are finished."])]
+    seeds = ", ".join(map(str, suite.config.seeds))
+    told = f"{len(rows)} of {total} runs are finished; seeds {seeds}. Written on {date.today().isoformat()}."
+    sections = [Section("", [told])]
     for dataset in suite.config.dataset:
         own = [row for row in rows if row.dataset == dataset.name]
         if not own:
             continue
         blocks: list[Block] = [note(own), results_table(own)]
+        every_metric = metrics_table(own)
+        if every_metric is not None:
+            blocks += ["All metrics of the central test:", every_metric]
         to_target = target_table(own, reference)
         if to_target is not None:
             blocks += [f"To reach {own[0].metric} {own[0].target:g}:", to_target]

@@ -39,6 +39,7 @@ class ResultRow:
         alpha: of the Dirichlet partition; None where there is no such.
         generalized: the global model on clients' held-out parts; personalized: after local training; central_test: the
             global model on the test split. All are the metric's; None where not evaluated.
+        metrics: all that the task has of the global model on the test split, by name, as JSON.
         bytes_up, bytes_down: of all clients in all rounds.
         rounds_to_target and those beside it: None where no target is set or it was not reached.
         search_trials: that chose `settings`, the settings found; 0 where none were searched.
@@ -57,6 +58,7 @@ class ResultRow:
     generalized: float | None
     personalized: float | None
     central_test: float | None
+    metrics: str
     loss: float | None
     client_seconds: float
     client_cpu_seconds: float
@@ -144,6 +146,7 @@ def _result(suite: Suite, cell: Cell) -> Result | None:
         generalized=summary.generalized,
         personalized=summary.personalized,
         central_test=summary.score,
+        metrics=json.dumps(summary.metrics),
         loss=summary.loss,
         client_seconds=summary.client_seconds,
         client_cpu_seconds=summary.client_cpu_seconds,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from spryfl.compare.results import ResultRow
 from spryfl.data.task import LOWER_IS_BETTER
@@ -61,6 +62,19 @@ def results_table(rows: Rows) -> Table:
     return Table(["method", "seeds", *(h for h, _ in scores), *(h for h, _ in COSTS)], lines)
 
 
+def metrics_table(rows: Rows) -> Table | None:
+    """One dataset: every metric of the test split, means over seeds; None where there is none but the main one."""
+    named = [(row.label, json.loads(row.metrics)) for row in rows]
+    names = list(dict.fromkeys(name for _, metrics in named for name in metrics))
+    if len(names) < 2:
+        return None
+    lines = []
+    for label in dict.fromkeys(label for label, _ in named):
+        own = [[metrics[name] for of, metrics in named if of == label and name in metrics] for name in names]
+        lines.append([label, *(interval(values).shown() if values else "" for values in own)])
+    return Table(["method", *(name.replace("_", " ") for name in names)], lines)
+
+
 def target_table(rows: Rows, reference: str | None) -> Table | None:
     """What it took to reach the dataset's target, means over the seeds that did; None where there is no target.
 
@@ -99,8 +113,9 @@ def note(rows: Rows) -> str:
     shown = sorted({row.alpha for row in rows if row.alpha is not None})
     partition = f"Dirichlet {', '.join(f'{alpha:g}' for alpha in shown)}" if shown else "no Dirichlet partition"
     rounds = sorted({row.rounds for row in rows})
+    model = Path(first.model).name if Path(first.model).is_absolute() else first.model
     return (
-        f"{first.model}, {' or '.join(map(str, rounds))} rounds, {partition}; {first.metric}{better}, "
+        f"{model}, {' or '.join(map(str, rounds))} rounds, {partition}; {first.metric}{better}, "
         f"± {CONFIDENCE:.0%} confidence interval of the mean over seeds (Student's t)."
     )
 
