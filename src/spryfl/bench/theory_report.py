@@ -15,10 +15,12 @@ def as_markdown(measured: Row) -> str:
     lines = [
         f"Forward gradients on {settings['model']} (LoRA r 1 on query and value, B drawn) and {settings['rows']} rows "
         f"of {settings['data']}, {settings['tokens']} tokens. Monte Carlo figures must lie within {TOLERANCE:g} "
-        "standard errors of theory; the last column says how many they are off.",
+        "standard errors of theory, which follow from theory too, in closed form; the last column says how many they "
+        "are off.",
         "",
         "Normalized error |g_hat - g|^2 / |g|^2 of K Gaussian tangents over d perturbed numbers, slopes from "
-        f"forward-mode passes on a batch of {settings['batch']}; theory (d + 1) / K.",
+        f"forward-mode passes on a batch of {settings['batch']}; theory (d + 1) / K. The {settings['num_tangents']:,} "
+        "tangents of a d are the same for every K, so its figures are off together.",
         "",
         "| units | d | K | measured | theory | standard error | off by |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -35,7 +37,8 @@ def as_markdown(measured: Row) -> str:
         "",
         "Bias |E g_hat - g| / |g| of a round in which each unit is dealt to some of the clients (exact, mean over "
         f"{settings['seeds']} partitions and the rotations of the deal, 95 % interval), and what is left of it in the "
-        "mean over a whole rotation. Label distance: total variation between a client's labels and all.",
+        "mean over a whole rotation. Label distance: total variation between a client's labels and all. IID leaves "
+        "labels to chance, so clients are less alike there than at a large alpha.",
         "",
         "| clients | alpha | label distance | bias in a round | interval | after a rotation |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -102,7 +105,12 @@ def plot_theory(measured: Row, path: Path) -> None:
         points = _column(own, "d"), _column(own, "error"), margins
         error.errorbar(*points, fmt="o", markersize=4, color=f"C{index}", label=f"K = {size}")
     error.plot([], [], "--", color="0.4", label="(d + 1) / K")
-    error.set(xscale="log", yscale="log", xlabel="d, perturbed numbers", ylabel="E|ĝ − g|² / |g|²")
+    error.set(
+        xscale="log",
+        yscale="log",
+        xlabel="d, perturbed numbers",
+        ylabel=f"E|ĝ − g|² / |g|², ± {TOLERANCE:g} standard errors",
+    )
     for axes in (bias, error):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
