@@ -94,7 +94,7 @@ class Misbehaving(type(app)):
         if case == (1, 1):
             raise RuntimeError("no battery")
         if case == (2, 1):
-            time.sleep(70)  # past its deadline and the server's patience
+            time.sleep(160)  # past its deadline and the server's patience
         if case == (3, 2):
             time.sleep(6)  # it is killed in the meantime, once
         reply = honest(message=message, context=context)
@@ -126,6 +126,7 @@ def tiny(tiny_table: dict[str, dict[str, Any]], **server: object) -> dict[str, A
 
 
 @pytest.mark.flower
+@pytest.mark.timeout(1800)
 def test_a_run_goes_on_whatever_its_clients_do(
     tiny_table: dict[str, dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -134,7 +135,7 @@ def test_a_run_goes_on_whatever_its_clients_do(
     So are those that do not, or not honestly, evaluate at the end.
     """
     folder = tmp_path / "w"
-    table = tiny(tiny_table, num_rounds=4, cohort_size=5, deadline_seconds=40.0)
+    table = tiny(tiny_table, num_rounds=4, cohort_size=5, deadline_seconds=120.0)
     table |= {"model": {**table["model"], "name": "./base"}, "partition": {"kind": "iid", "num_clients": 5}}
     table |= {"evaluation": {**table["evaluation"], "held_out": 0.2}}
     with FlowerWorld(folder, table, extra=MISBEHAVING) as world:
@@ -169,6 +170,7 @@ def test_a_run_goes_on_whatever_its_clients_do(
 
 
 @pytest.mark.flower
+@pytest.mark.timeout(1800)
 def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """The server's process, then the SuperLink; what is trained is bitwise what one process trains."""
     table = tiny(tiny_table, num_rounds=7, cohort_size=2) | {"partition": {"kind": "iid", "num_clients": 2}}
@@ -194,6 +196,7 @@ def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[s
 
 
 @pytest.mark.flower
+@pytest.mark.timeout(1800)
 def test_a_simulation_of_a_hundred_clients(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """In Ray's processes, one processor each; again bitwise what one process trains."""
     pytest.importorskip("ray")
