@@ -147,7 +147,7 @@ def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(table: di
 
 
 def test_one_search_serves_the_datasets_tuned_on_its_own(table: dict[str, Any], tmp_path: Path) -> None:
-    search = {"trials": 2, "rounds": 1, "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
+    search = {"trials": 2, "rounds": 1, "by": "loss", "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
     skewed = {"name": "skewed", "tuned_on": "reviews", "set": {"partition.alpha": 0.1}}
     changed = {"seeds": [0], "search": search, "dataset": [skewed, *table["dataset"]]}
     suite, watcher = Suite(SuiteConfig.model_validate(table | changed), tmp_path / "suite"), Watcher()
@@ -157,6 +157,13 @@ def test_one_search_serves_the_datasets_tuned_on_its_own(table: dict[str, Any], 
     assert rows[0].settings == rows[1].settings
     assert [row.alpha for row in rows] == [0.1, 1.0]
     assert [path.name for path in (suite.out / "search").iterdir()] == ["reviews"]
+    outcome = read_outcome(suite, suite.cells()[0])
+    assert outcome is not None
+    assert outcome.metric == "loss"
+    assert outcome.score == min(trial.score for trial in outcome.trials if trial.score is not None)
+    told = (suite.out / "report.md").read_text()
+    assert "judged by their loss on 20%" in told
+    assert "Datasets without trials of their own: skewed with reviews's." in told
 
 
 def test_a_run_that_fails_does_not_stop_the_others(table: dict[str, Any], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from spryfl.compare.cells import Suite
 from spryfl.compare.plots import plot_dataset
 from spryfl.compare.results import Result, ResultRow, read_results, write_parquet
 from spryfl.compare.tables import Table, metrics_table, note, results_table, search_table, target_table
+from spryfl.config import SearchConfig, SuiteConfig
 from spryfl.tracking.run_directory import write_atomically
 
 STYLE = (
@@ -79,12 +80,17 @@ def report_sections(suite: Suite, rows: Sequence[ResultRow]) -> list[Section]:
         sections.append(Section(dataset.name, [*blocks, *([curves] if curves.exists() else [])]))
     searched = search_table(rows)
     if searched is not None and suite.config.search is not None:
-        told = (
-            f"Every method had {suite.config.search.trials} trials on each dataset, scored on "
-            f"{suite.config.search.validation_fraction:.0%} of the training data; no trial saw the test split."
-        )
-        sections.append(Section("Settings found", [told, searched]))
+        sections.append(Section("Settings found", [_told_of_search(suite.config, suite.config.search), searched]))
     return sections
+
+
+def _told_of_search(config: SuiteConfig, search: SearchConfig) -> str:
+    told = (
+        f"Every method had {search.trials} trials on each dataset, judged by their {search.by} on "
+        f"{search.validation_fraction:.0%} of the training data; no trial saw the test split."
+    )
+    tuned = [f"{own.name} with {own.tuned_on}'s" for own in config.dataset if own.tuned_on is not None]
+    return f"{told} Datasets without trials of their own: {', '.join(tuned)}." if tuned else told
 
 
 def _curves(suite: Suite, dataset: str) -> Path:

@@ -131,7 +131,7 @@ def _identity(suite: Suite, cell: Cell) -> dict[str, Any]:
     assert settings is not None
     space = {key: own.model_dump(mode="json") for key, own in suite.config.space_of(cell.method).items()}
     parts = search_config(suite, cell, {}).model_dump(mode="json", exclude={"label", "runtime"})
-    return {"trials": settings.trials, "space": space} | parts
+    return {"trials": settings.trials, "by": settings.by, "space": space} | parts
 
 
 def _study(folder: Path) -> "Study":
@@ -177,12 +177,14 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
         trial.set_user_attr("failure", str(error))
         study.tell(trial, state=TrialState.PRUNED)
         return
-    score = math.nan if summary.score is None else summary.score
-    trial.set_user_attr("metric", summary.metric)
+    by_loss = settings.by == "loss"
+    metric, score = ("loss", summary.test_loss) if by_loss else (summary.metric, summary.score)
+    score = math.nan if score is None else score
+    trial.set_user_attr("metric", metric)
     if math.isfinite(score):
-        study.tell(trial, _sign(summary.metric) * score)
+        study.tell(trial, _sign(metric) * score)
     else:
-        trial.set_user_attr("failure", f"{summary.metric} is {score}")
+        trial.set_user_attr("failure", f"{metric} is {score}")
         study.tell(trial, state=TrialState.PRUNED)
 
 

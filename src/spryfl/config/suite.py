@@ -57,6 +57,9 @@ class SearchConfig(Part):
     trials: Positive = 8
     rounds: Positive | None = Field(None, description="of a trial; a run's own number by default")
     seed: int = Field(100, ge=0, lt=2**32, description="of the trials' runs and of the points that are tried")
+    by: Literal["score", "loss"] = Field(
+        "score", description="what the best trial is best in; the loss tells more while scores are near chance"
+    )
     validation_fraction: Fraction = Field(0.2, description="cut off train; the test split is never looked at")
     space: dict[str, SearchRange] = Field(LEARNING_RATES, min_length=1, description="'part.key' = range")
 

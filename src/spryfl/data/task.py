@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spryfl.data.examples import Batch, Examples
 from spryfl.data.metrics import binary_f1, question_scores
 
-LOWER_IS_BETTER = frozenset({"perplexity"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 """Metrics of which less is better."""
 
 
