@@ -56,6 +56,7 @@ class FlowerWorld:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
             "HF_HUB_OFFLINE": "1",
+            "RAY_worker_niceness": "0",  # or whatever else runs on this machine goes before a simulation's clients
             "OMP_NUM_THREADS": "1",
         }
         (folder / "flwr").mkdir(parents=True)

@@ -169,6 +169,52 @@ def test_a_run_goes_on_whatever_its_clients_do(
         assert stranger.startswith("4: it holds another base model")
 
 
+SLOW = """
+import json
+import time
+
+from spryfl.runtime.flower.wire import parcel_of
+
+quick = app
+
+
+class Slow(type(app)):
+    def __call__(self, message, context):
+        if json.loads(parcel_of(message).header)["kind"] == "task":
+            time.sleep(6)
+        return quick(message=message, context=context)
+
+
+app = Slow()
+"""
+
+
+@pytest.mark.flower
+@pytest.mark.timeout(1800)
+def test_a_registered_node_killed_in_a_round_is_back_within_it(
+    tiny_table: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The SuperLink turns its key away while it takes the node for online; started again and again it gets in."""
+    table = tiny(tiny_table, num_rounds=1, cohort_size=2, deadline_seconds=300.0)
+    table |= {"partition": {"kind": "iid", "num_clients": 2}}
+    with FlowerWorld(tmp_path / "w", table, secure=True, extra=SLOW) as world:
+        keys = [world.make_key(f"node{partition}") for partition in (0, 1)]
+        starts = [world.start_node(partition, keys[partition]) for partition in (0, 1)]
+        run = world.submit()
+        wait_for(lambda: "ROUND 1" in (world.folder / "2-flower-supernode.log").read_text(), 500, "it has its task")
+        kill(starts[-1])
+
+        def is_done() -> bool:
+            if starts[-1].poll() is not None:
+                starts.append(world.start_node(1, keys[1]))
+            return any(event.round == 1 for event in world.events())
+
+        wait_for(is_done, 400, "round 1 is done")
+        assert world.finish(run, 300) == "finished:completed", world.log()
+        assert world.events()[-1].clients == (0, 1)
+        assert len(starts) > 2
+
+
 @pytest.mark.flower
 @pytest.mark.timeout(1800)
 def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
