@@ -77,7 +77,11 @@ SMOLLM2: Settings = SERVER | {
     "evaluation.every": 10,
     "evaluation.batch_size": 50,
 }
-PAIRS: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["instruction", "response"], "guide.num_texts": 256}
+PAIRS: Settings = {
+    "guide.text": "dolly_15k",
+    "guide.text_columns": ["instruction", "response"],
+    "guide.num_texts": 1024,
+}
 NEWS: Settings = {"guide.text": "ag_news", "guide.text_columns": ["text"], "guide.num_texts": 160}
 DOLLY: Settings = {"guide.text": "dolly_15k", "guide.text_columns": ["response"], "guide.num_texts": 160}
 
