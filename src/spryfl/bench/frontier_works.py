@@ -192,6 +192,13 @@ VARIANTS: dict[str, Variant] = {
         Variant("zeroth order", "", {"method.name": "fedmezo"}),
         _guess("h=1", {"guide.horizon": 1}),
         _guess("h=2", {"guide.horizon": 2}),
+        Variant(
+            "guided maps",
+            "h=3, by layer",
+            MAPS | BY_LAYER | {"guide.horizon": 3},
+            maps=True,
+            rates_of="guess maps h=0",
+        ),
         Variant("guided maps", "h=2", MAPS | {"guide.horizon": 2}, maps=True, rates_of="guess maps h=0"),
         _guess("h=0, own token", {"guide.across": False}),
         _guess("h=0, rank 1", {"guide.rank": 1}),
