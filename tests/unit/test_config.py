@@ -6,10 +6,10 @@ import pytest
 
 from spryfl.config import ADAPTER_KINDS, compared_configs, load_config, parse_config
 from spryfl.errors import ConfigError
+from spryfl.estimators import ESTIMATORS
 from spryfl.federated.method import METHODS
 from spryfl.models.adapters import ADAPTERS
 from spryfl.presets import find_preset
-from spryfl.workbench import ESTIMATORS
 
 
 @pytest.mark.parametrize(
