@@ -5,12 +5,11 @@ text held out from the fit. Where it has fallen below `guide.refit_below` of wha
 maps are fitted again with the present values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from spryfl.config import RunConfig
@@ -22,7 +21,7 @@ from spryfl.federated.client import loaded
 from spryfl.federated.state import FederatedState
 from spryfl.gradients.backward_maps import MapSettings, fit_backward_maps, guess_quality
 from spryfl.gradients.estimator import Loss
-from spryfl.gradients.guesses import BackwardMap, MapGuess, maps_from, tensors_of
+from spryfl.gradients.guesses import BackwardMap, MapGuess, cosines_of, maps_from, tensors_of, with_cosines
 from spryfl.models.fingerprint import base_fingerprint
 from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel
@@ -32,8 +31,6 @@ from spryfl.workbench import Workbench
 
 BATCH = 16
 HELD_OUT = 4  # batches
-FIRST_COSINE = "first_cosine"
-"""Stands beside the maps in the state: what their cosine was after the last fit."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class MapKeeper:
         if guide.maps is None:
             return self._fitted(state)
         maps = read_maps(Path(guide.maps).expanduser(), base_fingerprint(self.config.model), guide.horizon)
-        return self._with_cosine(replace(state, maps=maps)) if guide.text else replace(state, maps=maps)
+        return self._with_cosines(replace(state, maps=maps)) if guide.text else replace(state, maps=maps)
 
     def keep(self, state: FederatedState) -> tuple[FederatedState, float | None, bool]:
         """The state after a round, its maps' mean cosine if it was due, and whether they were fitted anew."""
@@ -73,10 +70,10 @@ class MapKeeper:
         if not state.maps or guide.text is None or state.round % guide.check_every:
             return state, None, False
         cosine = self.cosine(state)
-        if cosine >= guide.refit_below * float(state.maps[FIRST_COSINE]):
+        if cosine >= guide.refit_below * _mean(cosines_of(state.maps)):
             return state, cosine, False
         state = self._fitted(state)
-        return state, float(state.maps[FIRST_COSINE]), True
+        return state, _mean(cosines_of(state.maps)), True
 
     def fit(
         self, values: dict[str, Tensor], progress: Callable[[int], None] = lambda done: None
@@ -98,8 +95,7 @@ class MapKeeper:
 
     def cosine(self, state: FederatedState) -> float:
         """The mean over layers and held-out batches of the maps' cosine with the true gradients."""
-        quality = self.quality(state.values, maps_from(state.maps))
-        return sum(quality.values()) / len(quality)
+        return _mean(self.quality(state.values, maps_from(state.maps)))
 
     def cosines(self, state: FederatedState) -> dict[int, float]:
         """Of the state's maps, by layer; none where there are no maps, or no text to measure them on."""
@@ -114,10 +110,10 @@ class MapKeeper:
             return guess_quality(model, losses, layer_calls(model), self.settings.horizon, MapGuess(maps))
 
     def _fitted(self, state: FederatedState) -> FederatedState:
-        return self._with_cosine(replace(state, maps=tensors_of(self.fit(state.values))))
+        return self._with_cosines(replace(state, maps=tensors_of(self.fit(state.values))))
 
-    def _with_cosine(self, state: FederatedState) -> FederatedState:
-        return replace(state, maps=state.maps | {FIRST_COSINE: torch.tensor(self.cosine(state))})
+    def _with_cosines(self, state: FederatedState) -> FederatedState:
+        return replace(state, maps=with_cosines(state.maps, self.quality(state.values, maps_from(state.maps))))
 
     @cached_property
     def _losses(self) -> Sequence[Loss]:
@@ -133,6 +129,10 @@ class MapKeeper:
     @property
     def _num_held_out(self) -> int:
         return min(HELD_OUT, max(1, len(self._losses) // 8))
+
+
+def _mean(cosines: Mapping[int, float]) -> float:
+    return sum(cosines.values()) / len(cosines)
 
 
 def _loss(task: Task, batch: Batch, model: nn.Module) -> Tensor:

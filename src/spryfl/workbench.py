@@ -195,6 +195,7 @@ class Workbench:
             training=self.training,
             fit=None if fitting is None else fitting.fit,
             places={} if config.guide.guess != "maps" else self.places,
+            trust=config.guide.trust,
             momentum=config.method.own_estimator in ("guided", "auto") and config.guide.momentum,
             sizes=tuple(map(len, self.partition)) if config.server.sampling == "size" else (),
             pacing=method.pacing,

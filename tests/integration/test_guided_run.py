@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from spryfl.federated.state import FederatedState
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient
-from spryfl.gradients.guesses import maps_for
+from spryfl.gradients.guesses import COSINES, cosines_of, maps_for
 from spryfl.gradients.guided import GuidedGradient
-from spryfl.map_keeper import FIRST_COSINE, MapKeeper
+from spryfl.map_keeper import MapKeeper
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.suite import resume_suite, run_suite
 from spryfl.tracking.run_directory import RunDirectory
@@ -78,7 +79,7 @@ def test_clients_are_sent_their_layers_maps_and_the_report_counts_them(
     bench = Workbench.from_config(config)
     keeper = MapKeeper.of(bench)
     state = keeper.start(bench.initial_state())
-    assert set(state.maps) == {"basis", "0/own", "0/across", FIRST_COSINE}
+    assert set(state.maps) == {"basis", "0/own", "0/across", COSINES}
     assert maps_for(state.maps, {1}) == {}
     own = sum(tensor.nbytes for tensor in maps_for(state.maps, {0}).values())
     assert own == sum(state.maps[name].nbytes for name in ("basis", "0/own", "0/across"))
@@ -88,6 +89,29 @@ def test_clients_are_sent_their_layers_maps_and_the_report_counts_them(
     assert not report.failures
     assert (report.bytes_down - without) % own == 0
     assert own <= report.bytes_down - without <= 3 * own
+
+
+def test_units_below_maps_take_steps_by_what_their_guess_is_worth(
+    tiny_config: Callable[..., RunConfig], public: Path
+) -> None:
+    """With trust 2 the lowest layer's step is the full one times its cosine squared; all other steps are full."""
+    guided = {"method__name": "spry_guided", "guide__guess": "maps", "guide__text": str(public)}
+    steps = []
+    for trust in (0.0, 2.0):
+        bench = Workbench.from_config(tiny_config(**guided, guide__trust=trust))
+        state = MapKeeper.of(bench).start(bench.initial_state())
+        state = replace(state, maps=state.maps | {COSINES: torch.tensor([0.5], dtype=torch.float64)})
+        after, _ = run_round(state, bench.federation, InProcessRuntime(bench.client, bench.batch_tokens))
+        steps.append({name: value - state.values[name] for name, value in after.values.items()})
+    lowest = {name for unit, own in bench.places.items() if own == (0,) for name in bench.federation.units[unit]}
+    assert any(steps[0][name].any() for name in lowest)
+    for name, full in steps[0].items():
+        torch.testing.assert_close(steps[1][name], full * (0.25 if name in lowest else 1.0))
+
+
+def test_trust_needs_text_to_measure_cosines_on(tiny_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match="trust = 2 needs text, on which the server measures"):
+        tiny_config(method__name="spry_guided", guide__trust=2.0)
 
 
 def test_maps_are_fitted_again_by_the_rule_and_kept_across_an_interruption(
@@ -130,7 +154,7 @@ def test_maps_hold_while_nothing_drifts(tiny_config: Callable[..., RunConfig], p
     same, cosine, fitted = keeper.keep(state)  # round 0 is due, and nothing has been trained
     assert same is state
     assert not fitted
-    assert cosine == pytest.approx(float(state.maps[FIRST_COSINE]))
+    assert cosine == pytest.approx(cosines_of(state.maps)[0])
 
 
 def test_the_guess_is_nearer_the_gradient_than_random_tangents_on_a_trained_model(

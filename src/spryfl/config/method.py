@@ -139,6 +139,9 @@ class GuideConfig(Part):
     rank: Positive = Field(32, description="directions of the last hidden state's gradient that maps carry, at most")
     across: bool = Field(True, description="model the gradient on other tokens than the one the loss sits on")
     ridge: PositiveFloat = 1e-3
+    trust: float = Field(
+        0.0, ge=0, description="units below maps take steps scaled by this power of their map's cosine; 0: full steps"
+    )
     check_every: Positive = Field(5, description="rounds after which the server measures the maps' cosine again")
     refit_below: float = Field(0.9, ge=0, le=1, description="refit when it falls below this part of the first one")
 
@@ -146,6 +149,8 @@ class GuideConfig(Part):
     def _maps_have_a_source(self) -> "GuideConfig":
         if self.guess == "maps" and self.maps is None and self.text is None:
             raise ValueError("guess = 'maps' needs maps (a file written by spry fit-maps) or text (to fit them on)")
+        if self.trust > 0 and self.text is None:
+            raise ValueError(f"trust = {self.trust:g} needs text, on which the server measures the maps' cosines")
         if self.guess != "maps" and (self.maps is not None or self.text is not None):
             raise ValueError(f"maps and text belong to guess = 'maps', not '{self.guess}': set that, or leave them out")
         return self

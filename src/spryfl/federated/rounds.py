@@ -21,7 +21,7 @@ from spryfl.federated.pacing import Pool, pooled_mean
 from spryfl.federated.sampling import Sampling
 from spryfl.federated.server_optimizer import momentum_of
 from spryfl.federated.state import FederatedState, Federation, RoundReport
-from spryfl.gradients.guesses import maps_for
+from spryfl.gradients.guesses import cosines_of, maps_for
 from spryfl.gradients.tangents import tangent_groups
 
 
@@ -54,7 +54,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     change, pool = combined_change(answers.contributions, list(tasks.values()), state.pool, federation)
 
     # 5. The server optimizer applies it; units nobody trained stay bitwise as they were.
-    values, moments = federation.server.apply(state.values, change, state.moments)
+    values, moments = federation.server.apply(state.values, change, state.moments, trusted_steps(state, federation))
     last_change = state.last_change | change if federation.training.num_candidates > 1 else {}
 
     updates = answers.updates
@@ -96,6 +96,23 @@ def combined_change(
     if federation.pacing == "pool":
         return pooled_mean(pool, contributions, federation.variance_threshold)
     return aggregate(contributions, federation.aggregation, federation.trim), {}
+
+
+def trusted_steps(state: FederatedState, federation: Federation) -> dict[str, float]:
+    """Parameter -> by how much its step is scaled: cosine ** trust, of units whose gradient comes from a guess.
+
+    Along a direction at cosine c to the gradient g a step of c |g| / L lowers a loss of curvature L the most, and
+    adaptive servers take steps of one size whatever the guess is worth.
+    """
+    if federation.trust == 0:
+        return {}
+    cosines = cosines_of(state.maps)
+    scales: dict[str, float] = {}
+    for unit, places in federation.places.items():
+        guessed = [max(cosines[place], 0.0) for place in places if place in cosines]
+        if guessed:
+            scales |= dict.fromkeys(federation.units[unit], min(guessed) ** federation.trust)
+    return scales
 
 
 def client_task(state: FederatedState, federation: Federation, client: int, deal: Deal) -> ClientTask:

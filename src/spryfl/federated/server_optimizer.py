@@ -12,6 +12,7 @@ gradient). v starts at tau^2 and there is no bias correction, as in the paper's 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -53,7 +54,11 @@ class ServerUpdate:
     tau: float = 1e-3
 
     def apply(
-        self, values: Mapping[str, Tensor], change: Mapping[str, Tensor], moments: Moments
+        self,
+        values: Mapping[str, Tensor],
+        change: Mapping[str, Tensor],
+        moments: Moments,
+        scales: Mapping[str, float] = MappingProxyType({}),
     ) -> tuple[dict[str, Tensor], Moments]:
         """New values and moments; parameters without a change keep theirs, bitwise.
 
@@ -61,16 +66,18 @@ class ServerUpdate:
             values: all trainable parameters, float32.
             change: D, of the parameters that were trained.
             moments: as returned before; empty at the start.
+            scales: of the step of a parameter; 1 by default.
         """
         new_values, new_moments = dict(values), dict(moments)
         for name, delta in change.items():
+            learning_rate = self.learning_rate * scales.get(name, 1.0)
             if self.kind == "sgd":
-                new_values[name] = values[name] + self.learning_rate * delta
+                new_values[name] = values[name] + learning_rate * delta
                 continue
             m = moments.get(f"m/{name}", torch.zeros_like(delta))
             v = moments.get(f"v/{name}", torch.full_like(delta, self.tau**2))
             m = self.beta1 * m + (1 - self.beta1) * delta
             v = SECOND_MOMENTS[self.kind](v, delta.square(), self.beta2)
-            new_values[name] = values[name] + self.learning_rate * m / (v.sqrt() + self.tau)
+            new_values[name] = values[name] + learning_rate * m / (v.sqrt() + self.tau)
             new_moments[f"m/{name}"], new_moments[f"v/{name}"] = m, v
         return new_values, new_moments

@@ -51,6 +51,7 @@ class Federation:
         rotate: start the cycle of units one further each round; the released code always starts at 0.
         fit: what a client can hold, where memory is a matter.
         places: unit -> the calls of layers it lies in, whose backward maps its clients need.
+        trust: the power of its map's cosine by which the step of a unit that trains along a guess is scaled.
         momentum: whether clients are sent the server's momentum of their parameters.
         sizes: examples of each client, where cohorts are sampled by size; empty for uniform cohorts.
         pacing, variance_threshold: what becomes of gradients that vary too much (`federated.pacing`).
@@ -74,6 +75,7 @@ class Federation:
     server: ServerUpdate
     fit: Fit | None = None
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    trust: float = 0.0
     momentum: bool = False
     blocks: tuple[tuple[str, ...], ...] = ()
     sizes: tuple[int, ...] = ()

@@ -20,6 +20,8 @@ from spryfl.errors import ModelError
 # Distances from the token the loss sits on, either way, at which a new position begins.
 EDGES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 48, 64, 128)
 NUM_POSITIONS = 2 * len(EDGES) + 1
+COSINES = "cosines"
+"""Stands beside laid-out maps: (places,) the cosine of each with the true gradients after the fit, lowest first."""
 
 
 class Guess(Protocol):
@@ -106,6 +108,17 @@ def maps_for(tensors: Mapping[str, Tensor], places: Collection[int]) -> dict[str
     """Of laid-out maps, those of some places: what a client that trains there is sent."""
     own = {name: t for name, t in tensors.items() if "/" in name and int(name.partition("/")[0]) in places}
     return {"basis": tensors["basis"], **own} if own else {}
+
+
+def with_cosines(tensors: Mapping[str, Tensor], cosines: Mapping[int, float]) -> dict[str, Tensor]:
+    """Laid-out maps and what each layer's cosine was when they were fitted."""
+    return dict(tensors) | {COSINES: torch.tensor([cosines[p] for p in sorted(cosines)], dtype=torch.float64)}
+
+
+def cosines_of(tensors: Mapping[str, Tensor]) -> dict[int, float]:
+    """What `with_cosines` noted, by place; nothing where nobody measured."""
+    noted = tensors.get(COSINES)
+    return {} if noted is None else dict(zip(sorted(maps_from(tensors)), noted.tolist(), strict=True))
 
 
 def positions(gradient: Tensor) -> Tensor:
