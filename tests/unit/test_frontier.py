@@ -67,7 +67,7 @@ def test_shares_count_from_the_head_or_from_the_zero_shot_prompt() -> None:
 def test_reports(tmp_path: Path) -> None:
     rows = [row("snli", "backprop", 0.7), row("snli", "backprop", 0.8, seed=1), row("snli", "head alone", 0.5)]
     assert "| backprop |  | 2 | 0.750 ± 0.071 |" in as_markdown(rows)
-    assert "| backprop | 0.750, 10, 1.0 |" in headline(rows)
+    assert "| backprop | 0.750 (2 seeds), 10, 1.0 |" in headline(rows)
     plot_frontier(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

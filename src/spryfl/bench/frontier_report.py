@@ -44,8 +44,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
 SHOWN = (
     "head alone",
     "guess maps h=0",
-    "guess maps h=2, by layer",
-    "guided maps h=0",
+    "guess maps h=0, by layer, trust 2",
+    "guess maps h=3, by layer, trust 2",
     "backprop split",
     "backprop split by layer",
     "backprop",
@@ -66,7 +66,8 @@ def headline(rows: Sequence[Row]) -> str:
             found = [r for r in own if f"{r['estimator']} {r['dial']}".strip() == name]
             peak = max((r["activation_peak_bytes"] for r in found), default=0) / 1e6
             cpu = mean(r["client_cpu_seconds"] for r in found) if found else 0.0
-            cells.append(f"{mean(r['accuracy'] for r in found):.3f}, {cpu:,.0f}, {peak:.1f}" if found else "")
+            seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
+            cells.append(f"{mean(r['accuracy'] for r in found):.3f}{seeds}, {cpu:,.0f}, {peak:.1f}" if found else "")
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     zero_shot = [f"{task} {own[0]['accuracy_before']:.3f}" for task, own in tasks.items() if "prompted" in task]
