@@ -52,4 +52,5 @@ def test_the_same_rounds_of_a_language_model(
         task={"kind": "language_model"},
         partition={"kind": "iid", "num_clients": 6},
         method__name=method,
+        method__checkpointing="per_layer" if method == "fedyogi" else "none",
     )

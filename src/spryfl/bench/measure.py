@@ -72,7 +72,7 @@ def measure(work: Work, case: Case, cache: Path) -> Row:
 def _step(work: Work, case: Case, subject: Subject) -> Row:
     with MemoryMeter(subject.model) as meter:
         slope, seconds, cpu_seconds = _timed(case, subject)
-    if work.repeats > 1:
+    if work.timed_apart:
         slope, seconds, cpu_seconds = _timed(case, subject)
     return work.row(case) | {
         "layers": subject.model.config.num_hidden_layers,

@@ -31,8 +31,9 @@ class Work:
         layers: instead of the shape's own.
         cases: in the order they are measured.
         repeats: rounds over the cases; the seconds are medians over rounds, so that a noisy neighbour slows all
-            cases alike. Where there are several, a step is timed after the metered one: the meter looks at every
-            operation, which takes a pass in many small chunks up to a tenth of its time.
+            cases alike.
+        timed_apart: whether a step is timed after the metered one: the meter looks at every operation, which takes a
+            pass in many small chunks up to a tenth of its time.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Work:
     tokens: int
     cases: tuple[Case, ...]
     repeats: int = 1
+    timed_apart: bool = False
     layers: int | None = None
 
     def row(self, case: Case) -> dict[str, Any]:
@@ -77,13 +79,15 @@ SPRY = (Case("forward", k=8), Case("forward", units="one"))
 WORKS: dict[str, Work] = {
     work.name: work
     for work in (
-        Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), repeats=3),
-        Work("bert-large-6-layers", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), repeats=3, layers=6),
+        Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), timed_apart=True),
+        Work("bert-large-6-layers", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), 3, True, layers=6),
         Work("llama2-7b", "llama2-7b", "nf4", False, 8, 64, EVERY),
         Work("llama2-7b-streamed", "llama2-7b", "nf4", True, 8, 64, EVERY),
         Work("opt-13b-streamed", "opt-13b", "nf4", True, 4, 64, EVERY),
         Work("opt-13b", "opt-13b", "nf4", False, 4, 384, EVERY),
+        Work("opt-13b-10-layers", "opt-13b", "nf4", False, 4, 384, EVERY, layers=10),
         Work("llama2-7b-long", "llama2-7b", "nf4", False, 8, 384, EVERY),
+        Work("llama2-7b-long-8-layers", "llama2-7b", "nf4", False, 8, 384, EVERY, layers=8),
     )
 }
 

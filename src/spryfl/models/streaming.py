@@ -109,7 +109,8 @@ class StreamedLayers:
             ahead = self._take_prefetch()
             stored = ahead.result() if ahead is not None and ahead.layer == index else None
             del ahead  # a wrong guess goes before the right layer comes
-            self._store.put(index, self._store.fetch(index) if stored is None else stored)
+            with torch._C._DisableFuncTorch():  # frozen weights are no matter of a torch.func transform under way
+                self._store.put(index, self._store.fetch(index) if stored is None else stored)
             del stored
             following = self._following(index)
             self._last = index
