@@ -114,6 +114,14 @@ def test_trust_needs_text_to_measure_cosines_on(tiny_config: Callable[..., RunCo
         tiny_config(method__name="spry_guided", guide__trust=2.0)
 
 
+def test_trust_is_refused_where_clients_may_take_exact_gradients(
+    tiny_config: Callable[..., RunConfig], public: Path
+) -> None:
+    guide = {"guide__guess": "maps", "guide__text": str(public), "guide__trust": 2.0}
+    with pytest.raises(ConfigError, match="estimator 'auto' may take others: leave it out"):
+        tiny_config(method__name="spry_guided", method__estimator="auto", **guide)
+
+
 def test_maps_are_fitted_again_by_the_rule_and_kept_across_an_interruption(
     tiny_config: Callable[..., RunConfig], public: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spryfl.bench.frontier import _share, run_frontier
+from spryfl.bench.frontier import _share, run_frontier, settings_digest
 from spryfl.bench.frontier_report import as_markdown, headline, plot_frontier
 from spryfl.bench.frontier_works import TASKS, VARIANTS, settings_of
 from spryfl.config import parse_config, with_overrides
@@ -77,10 +77,15 @@ def test_rows_of_an_earlier_bench_are_not_run_again(
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr("spryfl.bench.frontier.run_in", lambda config, folder: None)
+
+    def made_with(name: str, seed: int, data: str = "elsewhere", rate: float = 0.01) -> dict[str, str]:
+        settings = settings_of(TASKS["snli"], VARIANTS[name], data, rate, seed)
+        return {"settings": settings_digest(parse_config(with_overrides({}, settings | {"label": "another"})))}
+
     kept = [
-        row("snli", "backprop", 0.7) | {"rounds": 30, "learning_rate": 0.01},
-        row("snli", "backprop", 0.7, seed=1) | {"rounds": 30, "learning_rate": 0.02},  # not what is asked for now
-        row("snli", "head alone", 0.5) | {"rounds": 30, "learning_rate": 0.01},
+        row("snli", "backprop", 0.7) | made_with("backprop", 0),
+        row("snli", "backprop", 0.7, seed=1) | made_with("backprop", 1, rate=0.02),  # not what is asked for now
+        row("snli", "head alone", 0.5) | made_with("head alone", 0),
     ]
     (tmp_path / "frontier.json").write_text(json.dumps(kept))
     rows = run_frontier(["snli"], ["head alone", "backprop"], [0, 1], shared_data, tmp_path, told.append)

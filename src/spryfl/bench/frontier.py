@@ -3,6 +3,7 @@
 Each run has a directory of its own below `--out`, so a stopped bench goes on where it was, inside a run too.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ def run_frontier(
 ) -> list[Row]:
     """Run what is asked for, or go on with it; rows of all runs that are finished below `out`.
 
-    A row of an earlier bench that stands in `out`'s frontier.json counts as done, whatever became of its run.
+    A row of an earlier bench that stands in `out`'s frontier.json counts as done, whatever became of its run, if it was
+    made with the same settings.
 
     Raises:
         SpryError: an unknown name, or data that is not there.
@@ -97,7 +99,16 @@ def _key(row: Row) -> tuple[str, str, int]:
 
 
 def _is_of(row: Row, config: RunConfig) -> bool:
-    return (row["rounds"], row["learning_rate"]) == (config.server.num_rounds, config.server.learning_rate)
+    return bool(row["settings"] == settings_digest(config))
+
+
+def settings_digest(config: RunConfig) -> str:
+    """Of all that a run's figures follow from and is no default: the same wherever its data lie."""
+    table = config.model_dump(mode="json", exclude_defaults=True, exclude={"label", "runtime", "compare"})
+    for part, key in (("data", "name"), ("guide", "text")):
+        if key in table.get(part, {}):
+            table[part][key] = Path(table[part][key]).name
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_tuning(out: Path) -> dict[str, Any]:
@@ -152,6 +163,7 @@ def _finished(out: Path, task: str, name: str) -> Iterator[Row]:
             "bytes_down": summary.bytes_down,
             "map_fits": summary.num_map_fits,
             "learning_rate": config.server.learning_rate,
+            "settings": settings_digest(config),
             "curve": [
                 [event.round, event.accuracy, sum(e.client_cpu_seconds for e in steps if e.round <= event.round)]
                 for event in events

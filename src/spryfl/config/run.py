@@ -52,6 +52,11 @@ class RunConfig(Part):
         server = self.server.optimizer or METHODS[self.method.name].server
         if self.guide.momentum and server == "sgd":
             raise ValueError("guide.momentum: server.optimizer = 'sgd' keeps no momentum; choose 'yogi' or 'adam'")
+        if self.guide.trust > 0 and self.method.own_estimator != "guided":
+            raise ValueError(
+                f"guide.trust = {self.guide.trust:g} scales steps along guesses, and estimator "
+                f"'{self.method.own_estimator}' may take others: leave it out, or set method.estimator = 'guided'"
+            )
         trains_a = self.adapter.kind in ("lora", "dora") and self.adapter.frozen != "a"
         if self.method.own_estimator == "bottleneck" and not trains_a:
             raise ValueError(
