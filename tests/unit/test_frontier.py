@@ -67,8 +67,9 @@ def test_shares_count_from_the_head_or_from_the_zero_shot_prompt() -> None:
 def test_reports(tmp_path: Path) -> None:
     rows = [row("snli", "backprop", 0.7), row("snli", "backprop", 0.8, seed=1), row("snli", "head alone", 0.5)]
     assert "| backprop |  | 2 | 0.750 ± 0.071 |" in as_markdown(rows)
+    assert "| 1.0 | 2.00 | 1.0 | 1.0 |" in as_markdown(rows, {"snli": 500_000})  # peak, x inference, up, down
     assert "| backprop | 0.750 (2 seeds), 10, 1.0 |" in headline(rows)
-    plot_frontier(rows, tmp_path / "plot.png")
+    plot_frontier(rows, tmp_path / "plot.png", {"snli": 500_000})
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -41,7 +41,7 @@ def run_frontier(
             for name in variants:
                 if VARIANTS[name].encoder_only and not TASKS[task].has_head:
                     continue
-                config = _config(task, VARIANTS[name], data, tuned, seed)
+                config = variant_config(task, VARIANTS[name], data, tuned, seed)
                 row = kept.get((task, name, seed))
                 if row is not None and _is_of(row, config):
                     continue
@@ -118,7 +118,12 @@ def read_tuning(out: Path) -> dict[str, Any]:
     return found
 
 
-def _config(task: str, variant: Variant, data: Path, tuned: dict[str, Any], seed: int) -> RunConfig:
+def variant_config(task: str, variant: Variant, data: Path, tuned: dict[str, Any], seed: int) -> RunConfig:
+    """Of one run.
+
+    Args:
+        tuned: of `read_tuning`; the task's own rate where it has none.
+    """
     rate = tuned.get(task, {}).get(variant.rates_of or variant.name, {}).get("rate", TASKS[task].rate)
     settings = settings_of(TASKS[task], variant, str(data.resolve()), rate, seed)
     return parse_config(with_overrides({}, settings | {"runtime.num_threads": 1, "label": variant.name}))

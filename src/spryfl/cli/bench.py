@@ -86,6 +86,7 @@ def frontier(
     """Accuracy, memory and compute of every estimator in real federated runs. Takes hours; resumable."""
     from spryfl.bench.frontier import ROWS_FILE, run_frontier
     from spryfl.bench.frontier import tune as tune_rates
+    from spryfl.bench.frontier_inference import stock_peaks
     from spryfl.bench.frontier_report import as_markdown, plot_frontier
     from spryfl.bench.frontier_works import SEEDS, TASKS, VARIANTS
     from spryfl.bench.gradient_quality import measure_quality, quality_markdown
@@ -107,10 +108,11 @@ def frontier(
         print(json.dumps(measured, indent=1) if as_json else quality_markdown(measured))
         return
     rows = run_frontier(tasks, variants, seed or SEEDS, data, out, say)
-    table = as_markdown(rows)
+    peaks = stock_peaks(list(dict.fromkeys(row["task"] for row in rows)), data, out)
+    table = as_markdown(rows, peaks)
     (out / ROWS_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (out / "frontier.md").write_text(table, encoding="utf-8")
-    plot_frontier(rows, out / "frontier.png")
+    plot_frontier(rows, out / "frontier.png", peaks)
     print(json.dumps(rows, indent=1) if as_json else table)
 
 
