@@ -53,7 +53,7 @@ def as_markdown(rows: Sequence[Row], stock_peaks: Mapping[str, int] = {}) -> str
 SHOWN = (
     "head alone",
     "guess maps h=0",
-    "guess maps h=0, by layer, trust 2",
+    "guess maps h=3, by layer",
     "guess maps h=3, by layer, trust 2",
     "backprop split",
     "backprop split by layer",

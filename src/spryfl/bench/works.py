@@ -79,8 +79,19 @@ SPRY = (Case("forward", k=8), Case("forward", units="one"))
 WORKS: dict[str, Work] = {
     work.name: work
     for work in (
-        Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), timed_apart=True),
-        Work("bert-large-6-layers", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), 3, True, layers=6),
+        Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY)),
+        Work(
+            "bert-large-6-layers",
+            "bert-large",
+            "float32",
+            False,
+            8,
+            512,
+            (*EVERY, *SPRY),
+            repeats=3,
+            timed_apart=True,
+            layers=6,
+        ),
         Work("llama2-7b", "llama2-7b", "nf4", False, 8, 64, EVERY),
         Work("llama2-7b-streamed", "llama2-7b", "nf4", True, 8, 64, EVERY),
         Work("opt-13b-streamed", "opt-13b", "nf4", True, 4, 64, EVERY),
