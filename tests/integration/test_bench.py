@@ -72,8 +72,12 @@ def test_cases_not_measured_anew_keep_their_rows() -> None:
     def row(work: str, estimator: str, peak: int, **more: Any) -> dict[str, Any]:
         return {"work": work, "estimator": estimator, "k": 1, "units": "all", "activation_peak_bytes": peak} | more
 
-    kept = [row("growth", "forward", 1), row("llama2-7b", "backprop", 2), row("llama2-7b", "forward", 3)]
-    new = [row("llama2-7b", "forward", 4), row("bert-large", "inference", 5), row("llama2-7b", "forward", 6, k=8)]
+    kept = [row("growth", "forward", 1), row("llama2-7b", "backprop", 2), row("llama2-7b", "forward", 3, error="no")]
+    new = [
+        row("llama2-7b", "forward", 4, layers=32),
+        row("bert-large", "inference", 5),
+        row("llama2-7b", "forward", 6, k=8),
+    ]
     merged = memory.with_kept(new, kept)
     assert [r["activation_peak_bytes"] for r in merged] == [5, 4, 2, 6, 1]
 

@@ -83,7 +83,8 @@ def _in_own_process(arguments: Sequence[str], cache: Path) -> list[Row]:
     if done.returncode != 0:
         killed = "killed, most likely for want of memory" if done.returncode < 0 else ""
         last = (done.stderr.strip().splitlines() or [""])[-1]
-        return [_failed(arguments, killed or last)]
+        ours = last.startswith(SpryError.__module__)  # the message says it all
+        return [_failed(arguments, killed or (last.partition(": ")[2] if ours else last))]
     rows: list[Row] = json.loads(done.stdout.strip().splitlines()[-1])
     return rows
 
@@ -132,8 +133,9 @@ def with_kept(rows: Sequence[Row], kept: Sequence[Row]) -> list[Row]:
 
 
 def _case_of(row: Row) -> tuple[Any, ...]:
-    what = ("work", "estimator", "precision", "layers", "tokens", "k", "units", "against")
-    return tuple(row.get(key) for key in what)
+    what = ("work", "estimator", "precision", "tokens", "k", "units", "against")
+    layers = row.get("layers") if row["work"] == GROWTH else None  # a failed row has none, and a work has one depth
+    return (layers, *(row.get(key) for key in what))
 
 
 def _place(row: Row) -> tuple[int, int]:
