@@ -44,7 +44,7 @@ def memory(
             help="Where memory.{json,md,png} go, beside what is there; and what a stopped run goes on from.",
         ),
     ] = Path("runs/bench-memory"),
-    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Random checkpoints: 11 GB for all works.")] = None,
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Random checkpoints: 14 GB for all works.")] = None,
 ) -> None:
     """Activation peak, resident peak and seconds of a step: every estimator on models up to 13B. Takes hours."""
     from spryfl.bench.memory import NAMES, default_cache, run_works, with_kept
