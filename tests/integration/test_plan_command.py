@@ -24,8 +24,20 @@ def test_a_table_and_a_recommendation(monkeypatch: pytest.MonkeyPatch, capsys: C
     out, err = capsys.readouterr()
     assert "→ backprop, float32: it has the fastest exact gradient that fits." in out
     assert "570 MB of the process" in out
-    assert "transfer" in out
+    assert "sent in" in out
     assert err == ""
+
+
+@pytest.mark.parametrize("columns", ["80", "120", "200"])
+def test_no_figure_is_cut_short_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: CAPTURED, bare: Path, columns: str
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", columns)
+    assert spry(monkeypatch, "plan", bare, "--tokens", 16, "--bandwidth", "1kB/s") == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert ("activations" in out.split("→")[0]) == (int(columns) > 150)
 
 
 def test_json(monkeypatch: pytest.MonkeyPatch, capsys: CAPTURED, bare: Path) -> None:

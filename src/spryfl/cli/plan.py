@@ -1,6 +1,7 @@
 """`spry plan`: what training a model will take, before anything is downloaded or run."""
 
 import json
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,9 +12,10 @@ from spryfl.sizes import parse_rate, parse_size, short_size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from spryfl.memory.plan import Prediction
     from spryfl.plan import Plan
 
-WIDE = 150  # columns; narrower terminals see peaks without what they are made of
+ALL = 1_000  # columns, more than any table here takes
 
 
 def plan(
@@ -101,9 +103,13 @@ def print_plan(plan: "Plan", model: str, bytes_per_second: int | None) -> None:
 
     request = plan.request
     console = Console()
+    table = plan_table(plan, model, bytes_per_second)
+    needed = Console(width=ALL).measure(table).maximum
     if not console.is_terminal:
-        console = Console(width=WIDE)
-    console.print(plan_table(plan, model, bytes_per_second, split=console.width >= WIDE))
+        console = Console(width=needed)
+    elif console.width < needed:  # fewer columns rather than figures cut short
+        table = plan_table(plan, model, bytes_per_second, narrow=True)
+    console.print(table)
     chosen = plan.require_fit()
     for line in (
         f"→ {plan.reason}{f' It {chosen.note}.' if chosen.note else ''}",
@@ -117,11 +123,11 @@ def print_plan(plan: "Plan", model: str, bytes_per_second: int | None) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def plan_table(plan: "Plan", model: str, bytes_per_second: int | None, split: bool) -> "Table":
+def plan_table(plan: "Plan", model: str, bytes_per_second: int | None, narrow: bool = False) -> "Table":
     """One row a way to train.
 
     Args:
-        split: show what each peak is made of.
+        narrow: for 80 columns: without the parts of peaks, what comes down, and what goes up where its time shows.
     """
     from rich.box import SIMPLE
     from rich.table import Table
@@ -130,32 +136,43 @@ def plan_table(plan: "Plan", model: str, bytes_per_second: int | None, split: bo
     title = f"{model}: {plan.num_layers} layers, batch {request.batch}, {request.tokens} tokens, K = "
     title += f"{request.num_tangents}, LoRA r {request.adapter.rank}"
     title += "" if request.budget_bytes is None else f", budget {short_size(request.budget_bytes)}"
-    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=narrow, pad_edge=not narrow)
     table.add_column("", min_width=1)
     for heading in ("estimator", "weights are"):
         table.add_column(heading, no_wrap=True)
-    parts = ("weights", "activations", "adapter", "process") if split else ()
-    transfer = () if bytes_per_second is None else ("transfer",)
-    for heading in ("peak", *parts, "time", "read", "up", "down", *transfer):
+    rows = [_figures(row, bytes_per_second, narrow) for row in plan.rows]
+    for heading in rows[0]:
         table.add_column(heading, justify="right", no_wrap=True)
-
-    def size(count: int) -> str:
-        return short_size(count) if count else ""
-
-    for row in plan.rows:
+    for row, figures in zip(plan.rows, rows, strict=True):
         fits, chosen = row.fits(request.budget_bytes), row is plan.recommended
-        figures = (row.weights_bytes, row.activation_bytes, row.adapter_bytes, row.process_bytes) if split else ()
         table.add_row(
             "→" if chosen else "✓" if fits else "",
             row.estimator,
             f"{row.precision}, streamed" if row.streamed else row.precision,
-            size(row.peak_bytes),
-            *map(size, figures),
-            f"{row.relative_time:.2f} x",
-            size(row.read_bytes),
-            size(row.bytes_up),
-            size(row.bytes_down),
-            *(f"{row.transfer_bytes / bytes_per_second:.2f} s" for _ in transfer if bytes_per_second),
+            *figures.values(),
             style="bold" if chosen else None if fits else "dim",
         )
     return table
+
+
+def _figures(row: "Prediction", bytes_per_second: int | None, narrow: bool) -> dict[str, str]:
+    """A row's figures by their headings; empty where there is nothing."""
+    parts = {"weights": row.weights_bytes, "activations": row.activation_bytes, "adapter": row.adapter_bytes}
+    figures = {"peak": short_size(row.peak_bytes)}
+    figures |= {} if narrow else {heading: _size(count) for heading, count in parts.items()}
+    figures |= {"time": f"{row.relative_time:.2f} x", "read": _size(row.read_bytes)}
+    if not narrow or bytes_per_second is None:
+        figures["up"] = _size(row.bytes_up)
+    if not narrow:
+        figures["down"] = _size(row.bytes_down)
+    if bytes_per_second is not None:
+        figures["sent in"] = _time(row.transfer_bytes / bytes_per_second)
+    return figures
+
+
+def _size(count: int) -> str:
+    return short_size(count) if count else ""
+
+
+def _time(seconds: float) -> str:
+    return "" if seconds == 0 else f"{seconds:.2f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))
