@@ -46,3 +46,15 @@ def lookup_error(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that stands in none of a table's rows."""
     names = sorted(known)
     return f"unknown {kind} '{name}'.{nearest(name, names)} Known: {', '.join(names)}."
+
+
+def require_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that stand in none of a table's rows, which are told in their order.
+
+    Raises:
+        SpryError: with all of them.
+    """
+    rows = dict.fromkeys(known)
+    unknown = [name for name in names if name not in rows]
+    if unknown:
+        raise SpryError(f"no such {kind}: {', '.join(unknown)}. There are: {', '.join(rows)}")

@@ -66,6 +66,8 @@ def test_a_stopped_bench_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [row["activation_peak_bytes"] for row in rows] == [6, 7]
     with pytest.raises(SpryError, match=r"no such work: bert. There are: bert-large, "):
         memory.run_works(["bert"], [], partial, tmp_path)
+    with pytest.raises(SpryError, match=r"no such estimator: forwards. There are: inference, forward, "):
+        memory.run_works(["bert-large"], ["forwards"], partial, tmp_path)
 
 
 def test_cases_not_measured_anew_keep_their_rows() -> None:

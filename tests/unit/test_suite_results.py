@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from spryfl.compare.plots import plot_dataset, scores_seen
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
-from spryfl.compare.tables import Table, metrics_table, results_table, search_table, target_table
+from spryfl.compare.tables import Table, metrics_table, overview_tables, results_table, search_table, target_table
 from spryfl.report.intervals import interval
 from spryfl.tracking.events import RoundEvent
 
@@ -119,6 +119,19 @@ def test_results_table_by_hand() -> None:
     ]
     with_clients = results_table([replace(rows[0], generalized=0.61, personalized=0.72)])
     assert with_clients.lines[0][2:5] == ["0.500", "0.610", "0.720"]
+
+
+def test_all_datasets_at_a_glance() -> None:
+    rows = [
+        row(),
+        row(dataset="news", central_test=0.25, generalized=0.3),
+        row(label="Other", variant="other", central_test=0.75),
+    ]
+    (first, central), (second, generalized) = overview_tables(rows)
+    assert (first, second) == ("central test", "generalized")
+    assert central.headings == ["method", "reviews", "news"]
+    assert central.lines == [["Spry", "0.500", "0.250"], ["Other", "0.750", ""]]
+    assert generalized.lines == [["Spry", "", "0.300"]]
 
 
 def test_metrics_table_has_all_that_any_run_has() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from spryfl.bench.frontier_works import RATES, SEEDS, TASKS, TUNING_ROUNDS, VARIANTS, Variant, settings_of
 from spryfl.config import RunConfig, parse_config, with_overrides
-from spryfl.errors import SpryError
+from spryfl.errors import SpryError, require_known
 from spryfl.run import run_in
 from spryfl.tracking.run_directory import RunDirectory
 
@@ -193,10 +193,8 @@ def _share(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def _check(tasks: Sequence[str], variants: Sequence[str], data: Path) -> None:
-    for kind, names, known in (("task", tasks, TASKS), ("estimator", variants, VARIANTS)):
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise SpryError(f"no such {kind}: {', '.join(unknown)}. There are: {', '.join(known)}")
+    require_known("task", tasks, TASKS)
+    require_known("estimator", variants, VARIANTS)
     missing = [task for task in tasks if not (data / TASKS[task].data / "train.parquet").is_file()]
     if missing:
         raise SpryError(f"--data {data}: no folder {TASKS[missing[0]].data} with train.parquet and test.parquet in it")

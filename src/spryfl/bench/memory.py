@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from spryfl.bench.works import WORKS, Case
-from spryfl.errors import SpryError
+from spryfl.errors import SpryError, require_known
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -40,11 +40,10 @@ def run_works(
         One row a case, its seconds the median over the work's repeats; a case that failed has `error`.
 
     Raises:
-        SpryError: an unknown name.
+        SpryError: an unknown work or estimator.
     """
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise SpryError(f"no such work: {', '.join(unknown)}. There are: {', '.join(NAMES)}")
+    require_known("work", names, NAMES)
+    require_known("estimator", estimators, [case.estimator for work in WORKS.values() for case in work.cases])
     found = _read(partial)
     for key, arguments in _todo(names, estimators):
         if key in found:

@@ -16,7 +16,7 @@ from pathlib import Path
 from spryfl.compare.cells import Suite
 from spryfl.compare.plots import plot_dataset
 from spryfl.compare.results import Result, ResultRow, read_results, write_parquet
-from spryfl.compare.tables import Table, metrics_table, note, results_table, search_table, target_table
+from spryfl.compare.tables import Table, metrics_table, note, overview_tables, results_table, search_table, target_table
 from spryfl.config import SearchConfig, SuiteConfig
 from spryfl.tracking.run_directory import write_atomically
 
@@ -65,6 +65,11 @@ def report_sections(suite: Suite, rows: Sequence[ResultRow]) -> list[Section]:
     seeds = ", ".join(map(str, suite.config.seeds))
     told = f"{len(rows)} of {total} runs are finished; seeds {seeds}. Written on {date.today().isoformat()}."
     sections = [Section("", [told])]
+    if len({row.dataset for row in rows}) > 1:
+        glance: list[Block] = []
+        for heading, table in overview_tables(rows):
+            glance += [f"{heading.capitalize()}, in each dataset's own metric:", table]
+        sections.append(Section("At a glance", glance))
     for dataset in suite.config.dataset:
         own = [row for row in rows if row.dataset == dataset.name]
         if not own:

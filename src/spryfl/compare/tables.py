@@ -51,6 +51,21 @@ TO_TARGET: tuple[tuple[str, Value], ...] = (
 """Heading, and a row's value."""
 
 
+def overview_tables(rows: Rows) -> list[tuple[str, Table]]:
+    """All datasets at a glance, a column each: (what is scored, means over seeds), as far as there is anything."""
+    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    tables = []
+    for heading, value in SCORES:
+        lines = []
+        for label, own in _by_label(rows):
+            known = [_known([row for row in own if row.dataset == dataset], value) for dataset in datasets]
+            if any(known):
+                lines.append([label, *(interval(scores).shown() if scores else "" for scores in known)])
+        if lines:
+            tables.append((heading, Table(["method", *datasets], lines)))
+    return tables
+
+
 def results_table(rows: Rows) -> Table:
     """One dataset: a line for each method, means over seeds, scores with their confidence intervals."""
     scores = [(heading, value) for heading, value in SCORES if any(value(row) is not None for row in rows)]
