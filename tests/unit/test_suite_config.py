@@ -88,7 +88,8 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
         ({"dataset": []}, "dataset: Tuple should have at least 1 item"),
         ({"method": [{"name": "spry"}, {"name": "fedyogi", "label": "spry"}]}, "method labels: must differ, but spry"),
         ({"base": {"seed": 1}}, r"base.seed: a suite has seeds = \[0, 1, 2\]; leave it out"),
-        ({"reference": "fedyogo"}, "reference = 'fedyogo': no such"),
+        ({"reference": "fedyogo"}, "reference: no such ..method.. 'fedyogo'."),
+        ({"contenders": ["spry", "fedyogo"]}, "contenders: no such ..method.. 'fedyogo'."),
         ({"method": [{"name": "spry", "space": {"server.tau": {"low": 1, "high": 2}}}]}, "there is no .search.: add"),
         ({"dataset": [{"name": "a"}, {"name": "b", "tuned_on": "a"}]}, "has tuned_on, but there is no .search.: leave"),
         (

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
+from spryfl.compare.equal_score import equal_score_table
 from spryfl.compare.plots import plot_dataset, scores_seen
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
 from spryfl.compare.tables import Table, metrics_table, overview_tables, results_table, search_table, target_table
 from spryfl.report.intervals import interval
 from spryfl.tracking.events import RoundEvent
+
+COSTS = ("CPU", "bytes")
 
 
 def event(round: int, score: float | None, **more: Any) -> RoundEvent:
@@ -132,6 +135,39 @@ def test_all_datasets_at_a_glance() -> None:
     assert central.headings == ["method", "reviews", "news"]
     assert central.lines == [["Spry", "0.500", "0.250"], ["Other", "0.750", ""]]
     assert generalized.lines == [["Spry", "", "0.300"]]
+
+
+def test_costs_at_an_equal_score() -> None:
+    def run(label: str, seed: int, *scores: float | None) -> Result:
+        return Result(row(label=label, seed=seed), tuple(event(round, score) for round, score in enumerate(scores)))
+
+    slow = [run("Slow", seed, 0.25, 0.25, None, 0.5) for seed in (0, 1)]
+    fast = [run("Fast", seed, 0.25, 0.5, 0.75, 0.75) for seed in (0, 1)]
+    table = equal_score_table([*slow, *fast], ["Slow", "Fast"])
+    assert table is not None
+    assert table.headings[1:] == [
+        "its best",
+        "client CPU (s)",
+        *(f"{a}: x {b}" for a in ("Slow", "Fast") for b in COSTS),
+    ]
+    assert table.lines == [
+        ["Slow", "0.500 ± 0.000", "3", "", "", "0.33", "0.33"],  # after one round what took three
+        ["Fast", "0.750 ± 0.000", "2", "never", "never", "", ""],
+    ]
+    untrained = equal_score_table([run("Lost", 0, 0.5, 0.25), *fast], ["Fast"])
+    assert untrained is not None
+    assert untrained.lines[0] == ["Lost", "0.500", "0", "", ""]  # best before training, which costs nothing
+    apart = equal_score_table([run("Slow", 7, 0.25, 0.5), *fast], ["Fast"])
+    assert apart is not None
+    assert apart.lines[0][3:] == ["", ""]  # no seed that both have
+    assert equal_score_table(slow, ["Fast"]) is None
+
+
+def test_less_is_better_in_costs_at_an_equal_score() -> None:
+    events = tuple(event(round, score) for round, score in enumerate((9.0, 5.0, 4.0)))
+    table = equal_score_table([Result(row(metric="perplexity"), events)], ["Spry"])
+    assert table is not None
+    assert table.lines == [["Spry", "4.000", "2", "", ""]]
 
 
 def test_metrics_table_has_all_that_any_run_has() -> None:

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from spryfl.compare.cells import Suite
+from spryfl.compare.equal_score import equal_score_table
 from spryfl.compare.plots import plot_dataset
 from spryfl.compare.results import Result, ResultRow, read_results, write_parquet
 from spryfl.compare.tables import Table, metrics_table, note, overview_tables, results_table, search_table, target_table
@@ -39,9 +40,10 @@ class Section:
 
 def write_results(suite: Suite) -> list[ResultRow]:
     """Everything but the plots and the page: quick, so that it is done after each run."""
-    rows = [result.row for result in read_results(suite)]
+    results = read_results(suite)
+    rows = [result.row for result in results]
     write_parquet(rows, suite.out / "results.parquet")
-    sections = report_sections(suite, rows)
+    sections = report_sections(suite, results)
     write_atomically(suite.out / "report.md", _markdown(_title(suite), sections).encode())
     return rows
 
@@ -53,14 +55,17 @@ def write_report(suite: Suite) -> list[ResultRow]:
     for dataset, own in _by_dataset(results).items():
         plot_dataset(own, labels, _curves(suite, dataset))
     rows = write_results(suite)
-    page = _html(_title(suite), report_sections(suite, rows))
+    page = _html(_title(suite), report_sections(suite, results))
     write_atomically(suite.out / "report.html", page.encode())
     return rows
 
 
-def report_sections(suite: Suite, rows: Sequence[ResultRow]) -> list[Section]:
+def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:
     """The report, apart from how it is written down."""
-    reference = next((m.shown for m in suite.config.method if m.name == suite.config.reference), None)
+    rows = [result.row for result in results]
+    shown = {method.name: method.shown for method in suite.config.method}
+    reference = None if suite.config.reference is None else shown[suite.config.reference]
+    contenders = [shown[name] for name in suite.config.contenders]
     total = len(suite.cells())
     seeds = ", ".join(map(str, suite.config.seeds))
     told = f"{len(rows)} of {total} runs are finished; seeds {seeds}. Written on {date.today().isoformat()}."
@@ -81,6 +86,9 @@ def report_sections(suite: Suite, rows: Sequence[ResultRow]) -> list[Section]:
         to_target = target_table(own, reference)
         if to_target is not None:
             blocks += [f"To reach {own[0].metric} {own[0].target:g}:", to_target]
+        equal = equal_score_table([result for result in results if result.row in own], contenders)
+        if equal is not None:
+            blocks += ["What it took to be as good as a method's best evaluation, in parts of its own costs:", equal]
         curves = _curves(suite, dataset.name)
         sections.append(Section(dataset.name, [*blocks, *([curves] if curves.exists() else [])]))
     searched = search_table(rows)

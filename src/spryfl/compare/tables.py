@@ -72,7 +72,7 @@ def results_table(rows: Rows) -> Table:
     lines = []
     for label, own in _by_label(rows):
         cells = [interval(known).shown() if (known := _known(own, value)) else "" for _, value in scores]
-        costs = [_number(interval(_known(own, value)).mean) for _, value in COSTS]
+        costs = [number(interval(_known(own, value)).mean) for _, value in COSTS]
         lines.append([label, str(len(own)), *cells, *costs])
     return Table(["method", "seeds", *(h for h, _ in scores), *(h for h, _ in COSTS)], lines)
 
@@ -103,7 +103,7 @@ def target_table(rows: Rows, reference: str | None) -> Table | None:
     lines = []
     for label, own in _by_label(rows):
         there = [row for row in own if row.rounds_to_target is not None]
-        costs = [_number(interval(_known(there, value)).mean) if there else "" for _, value in TO_TARGET]
+        costs = [number(interval(_known(there, value)).mean) if there else "" for _, value in TO_TARGET]
         ratios = [_ratio(there, against, value) for _, value in (TO_TARGET[1], TO_TARGET[3])] if against else []
         lines.append([label, f"{len(there)} of {len(own)}", *costs, *ratios])
     told = [f"x {reference}'s CPU", f"x {reference}'s bytes"] if against else []
@@ -161,6 +161,6 @@ def _setting(row: ResultRow, key: str) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits or so, whatever the size."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

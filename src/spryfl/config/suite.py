@@ -101,6 +101,9 @@ class SuiteConfig(Part):
     title: str | None = Field(None, description="of the report")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     reference: str | None = Field(None, description="the [[method]] whose time and bytes the others are told against")
+    contenders: tuple[str, ...] = Field(
+        (), description="the [[method]]s whose costs are told at the best score of every other"
+    )
     base: dict[str, Any] = Field(default_factory=dict)
     dataset: tuple[DatasetEntry, ...] = Field(min_length=1)
     method: tuple[MethodEntry, ...] = Field(min_length=1)
@@ -125,11 +128,12 @@ class SuiteConfig(Part):
     @model_validator(mode="after")
     def _entries_fit(self) -> "SuiteConfig":
         names = [entry.name for entry in self.method]
-        if self.reference is not None and self.reference not in names:
-            raise ValueError(
-                f"reference = '{self.reference}': no such [[method]].{nearest(self.reference, names)} There are: "
-                f"{', '.join(names)}"
-            )
+        for key, chosen in (("reference", (self.reference,)), ("contenders", self.contenders)):
+            for name in chosen:
+                if name is not None and name not in names:
+                    raise ValueError(
+                        f"{key}: no such [[method]] '{name}'.{nearest(name, names)} There are: {', '.join(names)}"
+                    )
         datasets = {entry.name: entry for entry in self.dataset}
         for dataset in self.dataset:
             if dataset.tuned_on is None:
