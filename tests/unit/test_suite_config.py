@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 
@@ -162,6 +163,14 @@ def test_spread_points_cover_their_ranges() -> None:
     assert all(19 <= count <= 24 for count in decades)
     assert {p["b"] for p in points} == {1, 2, 3, 4}
     assert [p["c"] for p in points].count("x") == 32
+
+
+def test_keys_of_one_choice_leave_the_spread_to_the_others() -> None:
+    fixed, free = SearchRange(choices=(0.1,)), SearchRange(low=1e-4, high=1.0)
+    points = [spread_point({"fixed": fixed, "free": free}, 0, number) for number in range(4)]
+    assert {p["fixed"] for p in points} == {0.1}
+    assert sorted(int(np.log10(p["free"])) for p in points) == [-3, -2, -1, 0]  # one in each quarter
+    assert spread_point({"fixed": fixed}, 0, 3) == {"fixed": 0.1}
 
 
 def test_data_are_looked_up_in_the_folder_first(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """Hyperparameter search: the same number of trials for every method, none of which sees the test split.
 
 A trial is a short run on the training data alone: a part of it, cut off by the search's seed and so the same for all
-methods, takes the place of the test split. The first half of the trials are points of a Halton sequence, so that few
-cover the space, and methods with the same ranges try the same ones; the rest are drawn by Optuna's tree-structured
-Parzen estimator (Bergstra et al. 2011). Each draw has a seed of its own, so a search that was stopped goes on as if it
-had not been.
+methods, takes the place of the test split. The first half of the trials, and at least five, are points of a Halton
+sequence, so that few cover the space, and methods with the same ranges try the same ones; the rest are drawn by
+Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). Each draw has a seed of its own, so a search that was
+stopped goes on as if it had not been.
 """
 
 import json
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
+
+FEWEST_TO_LEARN_FROM = 5  # trials; what an estimator makes of fewer is no better than points that are spread
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
 
     settings = suite.config.search
     assert settings is not None
-    space, num_spread = suite.config.space_of(cell.method), (settings.trials + 1) // 2
+    space, num_spread = suite.config.space_of(cell.method), max(FEWEST_TO_LEARN_FROM, (settings.trials + 1) // 2)
     for stopped in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(stopped.number, state=TrialState.FAIL)
     if number < num_spread and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -189,9 +191,16 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
 
 
 def spread_point(space: Mapping[str, SearchRange], seed: int, number: int) -> Settings:
-    """A point of a scrambled Halton sequence (Owen 2017), by its number, in the ranges' own units."""
-    shares = Halton(len(space), rng=seed).random(number + 1)[number]
-    return {key: _value(own, float(share)) for (key, own), share in zip(space.items(), shares, strict=True)}
+    """A point of a scrambled Halton sequence (Owen 2017), by its number, in the ranges' own units.
+
+    Keys of a single choice take none of its dimensions, of which the first are spread best.
+    """
+    fixed = {key: own.choices[0] for key, own in space.items() if len(own.choices) == 1}
+    free = {key: own for key, own in space.items() if key not in fixed}
+    if not free:
+        return fixed
+    shares = Halton(len(free), rng=seed).random(number + 1)[number]
+    return fixed | {key: _value(own, float(share)) for (key, own), share in zip(free.items(), shares, strict=True)}
 
 
 def _value(own: SearchRange, share: float) -> Any:
