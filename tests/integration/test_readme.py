@@ -70,7 +70,7 @@ def test_the_readmes_figures_are_the_results(name: str, headline: Callable[[list
 def test_the_readmes_spry_commands_in_their_order(tmp_path: Path) -> None:
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        if program == "spry":
+        if program == "spry" and arguments != ["run", "demo"]:  # which the test below runs
             spry(small(arguments), tmp_path)
     assert (tmp_path / "runs").is_dir()
 
