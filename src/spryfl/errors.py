@@ -49,12 +49,12 @@ def lookup_error(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def require_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse names that stand in none of a table's rows, which are told in their order.
+    """Refuse the first name that stands in none of a table's rows.
 
     Raises:
-        SpryError: with all of them.
+        SpryError: naming it, the nearest and all there are.
     """
-    rows = dict.fromkeys(known)
-    unknown = [name for name in names if name not in rows]
-    if unknown:
-        raise SpryError(f"no such {kind}: {', '.join(unknown)}. There are: {', '.join(rows)}")
+    rows = list(known)
+    for name in names:
+        if name not in rows:
+            raise SpryError(lookup_error(kind, name, rows))

@@ -64,9 +64,9 @@ def test_a_stopped_bench_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [row["repeats"] for row in rows] == [3, 3]
     assert [row["seconds_per_step"] for row in rows] == [3.0, 5.0]  # medians of 1, 3, 6 and 2, 5, 7
     assert [row["activation_peak_bytes"] for row in rows] == [6, 7]
-    with pytest.raises(SpryError, match=r"no such work: bert. There are: bert-large, "):
+    with pytest.raises(SpryError, match=r"unknown work 'bert'. Did you mean 'bert-large'"):
         memory.run_works(["bert"], [], partial, tmp_path)
-    with pytest.raises(SpryError, match=r"no such estimator: forwards. There are: inference, forward, "):
+    with pytest.raises(SpryError, match=r"unknown estimator 'forwards'. Did you mean 'forward'"):
         memory.run_works(["bert-large"], ["forwards"], partial, tmp_path)
 
 

@@ -16,7 +16,7 @@ from spryfl.compare.cells import Suite, chosen_cells
 from spryfl.compare.checking import check_cells
 from spryfl.compare.results import ResultRow
 from spryfl.compare.running import compare
-from spryfl.compare.search import read_outcome
+from spryfl.compare.search import read_outcome, spread_point
 from spryfl.config import SuiteConfig
 from spryfl.errors import SpryError
 from spryfl.tracking.events import RoundEvent, Summary
@@ -114,7 +114,10 @@ class RunFiles:
         self.summary = json.loads((suite.folder(suite.cells()[place]) / "summary.json").read_text())
 
 
-def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(table: dict[str, Any], tmp_path: Path) -> None:
+def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spryfl.compare.search.FEWEST_TO_LEARN_FROM", 1)  # so that the second trial is an estimator's
     search = {"trials": 2, "rounds": 1, "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
     config = SuiteConfig.model_validate(table | {"seeds": [0], "search": search})
     whole, stopped = Suite(config, tmp_path / "whole"), Suite(config, tmp_path / "stopped")
@@ -160,6 +163,9 @@ def test_one_search_serves_the_datasets_tuned_on_its_own(table: dict[str, Any], 
     outcome = read_outcome(suite, suite.cells()[0])
     assert outcome is not None
     assert outcome.metric == "loss"
+    assert suite.config.search is not None
+    space, seed = suite.config.space_of(suite.config.method[0]), suite.config.search.seed
+    assert [trial.settings for trial in outcome.trials] == [spread_point(space, seed, number) for number in range(2)]
     assert outcome.score == min(trial.score for trial in outcome.trials if trial.score is not None)
     told = (suite.out / "report.md").read_text()
     assert "judged by their loss on 20%" in told

@@ -100,8 +100,8 @@ def test_rows_of_an_earlier_bench_are_not_run_again(
 
 def test_unknown_names_and_missing_data(tmp_path: Path) -> None:
     for tasks, variants, message in (
-        (["snlli"], ["backprop"], "no such task: snlli"),
-        (["snli"], ["backdrop"], "no such estimator: backdrop"),
+        (["snlli"], ["backprop"], "unknown task 'snlli'. Did you mean 'snli'"),
+        (["snli"], ["backdrop"], "unknown estimator 'backdrop'. Did you mean 'backprop'"),
         (["snli"], ["backprop"], "no folder snli"),
     ):
         with pytest.raises(SpryError, match=message):

@@ -43,7 +43,7 @@ def run_works(
         SpryError: an unknown work or estimator.
     """
     require_known("work", names, NAMES)
-    require_known("estimator", estimators, [case.estimator for work in WORKS.values() for case in work.cases])
+    require_known("estimator", estimators, {case.estimator for work in WORKS.values() for case in work.cases})
     found = _read(partial)
     for key, arguments in _todo(names, estimators):
         if key in found:

@@ -36,10 +36,10 @@ def equal_score_table(results: Sequence[Result], contenders: Sequence[str]) -> T
     for label, own in by_label.items():
         best = {seed: _best(result) for seed, result in own.items()}
         there = {seed: _reached(own[seed], best[seed]) for seed in own}
-        cells = [interval(list(best.values())).shown()]
-        cells += [number(sum(cost(at) for at in there.values()) / len(own)) for _, cost in COSTS[:1]]
+        seconds = [at.client_cpu_seconds for at in there.values()]
+        cells = [interval(list(best.values())).shown(), number(interval(seconds).mean)]
         for contender in present:
-            cells += ["", ""] if contender == label else _ratios(by_label[contender], best, there)
+            cells += [""] * len(COSTS) if contender == label else _ratios(by_label[contender], best, there)
         lines.append([label, *cells])
     told = [f"{contender}: x {heading}" for contender in present for heading, _ in COSTS]
     return Table(["method", "its best", "client CPU (s)", *told], lines) if present else None

@@ -75,10 +75,8 @@ def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:
         for heading, table in overview_tables(rows):
             glance += [f"{heading.capitalize()}, in each dataset's own metric:", table]
         sections.append(Section("At a glance", glance))
-    for dataset in suite.config.dataset:
-        own = [row for row in rows if row.dataset == dataset.name]
-        if not own:
-            continue
+    for dataset, ran in _by_dataset(results).items():
+        own = [result.row for result in ran]
         blocks: list[Block] = [note(own), results_table(own)]
         every_metric = metrics_table(own)
         if every_metric is not None:
@@ -86,11 +84,11 @@ def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:
         to_target = target_table(own, reference)
         if to_target is not None:
             blocks += [f"To reach {own[0].metric} {own[0].target:g}:", to_target]
-        equal = equal_score_table([result for result in results if result.row in own], contenders)
+        equal = equal_score_table(ran, contenders)
         if equal is not None:
             blocks += ["What it took to be as good as a method's best evaluation, in parts of its own costs:", equal]
-        curves = _curves(suite, dataset.name)
-        sections.append(Section(dataset.name, [*blocks, *([curves] if curves.exists() else [])]))
+        curves = _curves(suite, dataset)
+        sections.append(Section(dataset, [*blocks, *([curves] if curves.exists() else [])]))
     searched = search_table(rows)
     if searched is not None and suite.config.search is not None:
         sections.append(Section("Settings found", [_told_of_search(suite.config, suite.config.search), searched]))
