@@ -11,7 +11,7 @@ from spryfl.forward_mode.attention import register_attention
 from spryfl.forward_mode.support import check_support, require_support
 from spryfl.gradients.forward import loss_and_slopes
 from spryfl.memory.meter import ActivationMeter
-from spryfl.models.loading import hollow_model
+from spryfl.models.skeleton import hollow_model
 
 
 def test_meter_by_hand() -> None:

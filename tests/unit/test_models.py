@@ -12,7 +12,8 @@ from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.errors import ModelError
 from spryfl.models import builtin
 from spryfl.models.adapters import dropout_modules
-from spryfl.models.loading import find_model, load_model, resolve_device, resolve_dtype
+from spryfl.models.loading import load_model, resolve_device, resolve_dtype
+from spryfl.models.sources import find_model
 from spryfl.models.units import HEAD, trainable_units
 
 

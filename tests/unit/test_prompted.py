@@ -29,7 +29,8 @@ from spryfl.gradients.forward import loss_and_slopes
 from spryfl.memory.meter import ActivationMeter
 from spryfl.models.dry_run import DryRun, Work
 from spryfl.models.layers import layer_calls
-from spryfl.models.loading import load_model, skeleton
+from spryfl.models.loading import load_model
+from spryfl.models.skeleton import skeleton
 from spryfl.models.weights import count_weights
 
 CPU = torch.device("cpu")

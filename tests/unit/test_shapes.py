@@ -3,8 +3,8 @@
 import pytest
 
 from spryfl.errors import ModelError
-from spryfl.models.loading import hollow_model
 from spryfl.models.shapes import SHAPES, shape_config
+from spryfl.models.skeleton import hollow_model
 
 # Of the base model, embeddings included, without its language-model head, in millions; from papers and model cards.
 PUBLISHED = {

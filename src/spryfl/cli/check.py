@@ -16,7 +16,7 @@ def check(
 ) -> None:
     """Check a model from its configuration alone: no weights are loaded and nothing is computed."""
     from spryfl.forward_mode.support import check_support
-    from spryfl.models.loading import skeleton
+    from spryfl.models.skeleton import skeleton
 
     report = check_support(skeleton(ModelConfig(name=model), task=task))
     if as_json:

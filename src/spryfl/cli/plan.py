@@ -39,7 +39,8 @@ def plan(
     # After the arguments are known to be good: this imports torch.
     from spryfl.config import AdapterConfig, parse_config
     from spryfl.models.classes import require_class
-    from spryfl.models.loading import read_config, resolve_device, resolve_dtype
+    from spryfl.models.loading import resolve_device, resolve_dtype
+    from spryfl.models.sources import read_config
     from spryfl.plan import PlanRequest, make_plan
 
     config = parse_config({"model": {"name": model, "dtype": dtype}}).model

@@ -2,7 +2,7 @@
 
 The model is run once on a few tokens with a tangent on its embeddings. A module that raises is recorded and
 replaced by its primal with a zero tangent, so the pass goes on and finds the others. Values do not matter,
-so a model without its weights serves (`models.loading.skeleton`).
+so a model without its weights serves (`models.skeleton.skeleton`).
 """
 
 from collections.abc import Iterator

@@ -31,7 +31,7 @@ from spryfl.models.classes import output_head
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.lean import make_lean
-from spryfl.models.loading import hollow_model
+from spryfl.models.skeleton import hollow_model
 from spryfl.models.units import parameters_of, trainable_units
 
 SHALLOW = (2, 3)

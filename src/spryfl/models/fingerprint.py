@@ -5,7 +5,7 @@ from pathlib import Path
 
 from spryfl.config import ModelConfig
 from spryfl.models.builtin import sha256_of
-from spryfl.models.loading import find_model, local_folder
+from spryfl.models.sources import find_model, local_folder
 
 
 def base_fingerprint(config: ModelConfig) -> str:

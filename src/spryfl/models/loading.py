@@ -1,8 +1,4 @@
-"""A name -> a frozen base model with an adapter, its tokenizer and its units.
-
-Weights come as safetensors (or a verified GGUF file), never as pickle, and no code from a repository
-runs unless the user asks for it.
-"""
+"""A name -> a frozen base model with an adapter, its tokenizer and its units."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
-from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from spryfl.config import AdapterConfig, ModelConfig, TaskKind
@@ -23,19 +16,14 @@ from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.models.adapters import adapt, frozen_tensors, require_weights
 from spryfl.models.assembly import hollow
 from spryfl.models.building import BuiltModel, build, quantize_in_place
-from spryfl.models.builtin import PREFIX, locate
 from spryfl.models.checkpoint import Checkpoint
 from spryfl.models.classes import MODEL_CLASSES, quietly, require_class
 from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
 from spryfl.models.quantization import dense_weights
-from spryfl.models.shapes import PREFIX as SHAPE_PREFIX
-from spryfl.models.shapes import shape_config
+from spryfl.models.sources import Source, explained, find_model, local_folder
 from spryfl.models.streaming import StreamedLayers
 from spryfl.models.units import Unit, trainable_units
-
-FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
-"""Of a hub model that is quantized or streamed."""
 
 
 @dataclass(frozen=True)
@@ -59,35 +47,6 @@ class AdaptedModel:
     @property
     def num_trainable(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model's files are.
-
-    Attributes:
-        location: a local folder or a hub id.
-        published: the name written into the saved adapter, so that others can load it.
-        gguf_file: the weights, where they are not safetensors.
-    """
-
-    location: str
-    published: str
-    gguf_file: str | None = None
-
-
-def find_model(name: str) -> Source:
-    """Resolve `builtin:NAME`, a local folder or a hub id to where its files are."""
-    if name.startswith(PREFIX):
-        folder, builtin = locate(name)
-        gguf = builtin.weights if builtin.weights.endswith(".gguf") else None
-        return Source(str(folder), builtin.hub_id, gguf)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Source(str(path), name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name = '{name}': no such folder")
-    return Source(name, name)
 
 
 def load_model(
@@ -176,17 +135,6 @@ def _whole(config: ModelConfig, source: Source, num_labels: int, dtype: torch.dt
     return BuiltModel(base, head_modules(base, info["missing_keys"], task))
 
 
-def local_folder(config: ModelConfig, source: Source) -> Path:
-    """The folder of a model's files; those of a hub model are fetched."""
-    if Path(source.location).is_dir():
-        return Path(source.location)
-    return Path(
-        snapshot_download(
-            source.location, revision=config.revision, allow_patterns=list(FETCHED), ignore_patterns=["*/*"]
-        )
-    )
-
-
 def resolve_device(name: str) -> torch.device:
     """The device to compute on; "auto" takes an accelerator if there is one."""
     if name == "auto":
@@ -233,79 +181,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def explained(config: ModelConfig) -> Iterator[None]:
-    """Turn what the libraries raise for a wrong name, no network or unsafe files into one clear line."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ModelError(
-            f"model.name = '{config.name}': a weights file is corrupt or truncated ({error}): fetch it again"
-        ) from error
-    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
-        text = " ".join(str(error).split())
-        if "trust_remote_code" in text:
-            remedy = "its repository brings its own code: read it, then set model.trust_remote_code = true"
-        elif "safetensors" in text:
-            remedy = "only safetensors weights are loaded: convert it with model.save_pretrained(...)"
-        elif Path(config.name).expanduser().is_dir():
-            remedy = f"not a complete model folder: {text[:200]}"
-        elif isinstance(error, OSError):
-            remedy = (
-                "not on the hub, or the hub cannot be reached: check the name, or give a local folder or builtin:minilm"
-            )
-        else:
-            remedy = text[:300]
-        raise ModelError(f"model.name = '{config.name}': {remedy}") from error
-
-
-def skeleton(config: ModelConfig, num_labels: int = 2, task: TaskKind = "classification") -> PreTrainedModel:
-    """The model with weights that take no memory: its configuration is all that is read.
-
-    Every parameter is one zero seen through strides of 0, so a model of any size can be built, and run on
-    a few tokens, on the smallest machine.
-    """
-    read = read_config(config, num_labels)
-    require_class(read, config.name, task)
-    return hollow_model(read, task=task)
-
-
-def read_config(config: ModelConfig, num_labels: int = 2) -> Any:
-    """A model's transformers configuration, and nothing else of it; `shape:NAME` needs no files at all."""
-    if config.name.startswith(SHAPE_PREFIX):
-        return shape_config(config.name, num_labels)
-    source = find_model(config.name)
-    with quietly(), explained(config):
-        extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-        return AutoConfig.from_pretrained(
-            source.location,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            num_labels=num_labels,
-            **extra,
-        )
-
-
-def hollow_model(config: Any, dtype: torch.dtype | None = None, task: TaskKind = "classification") -> PreTrainedModel:
-    """A task's model of a transformers configuration, all zeros, in next to no memory.
-
-    Args:
-        dtype: of its parameters; the configuration's own by default.
-    """
-    register_attention()
-    config.use_cache = False
-    config.pad_token_id = config.pad_token_id or 0
-    with torch.device("meta"):
-        model: PreTrainedModel = MODEL_CLASSES[task].auto.from_config(
-            config, attn_implementation=ATTENTION_NAME, dtype=dtype
-        )
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-            setattr(module, name, nn.Parameter(hollow, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-    model.tie_weights()
-    return model.eval()

@@ -19,9 +19,9 @@ from spryfl.models.assembly import empty_model, tensors_of
 from spryfl.models.checkpoint import Checkpoint
 from spryfl.models.classes import quietly
 from spryfl.models.heads import head_modules
-from spryfl.models.loading import explained, find_model, local_folder
 from spryfl.models.quantization import library_config, packed_bytes, quantize, stored_config
 from spryfl.models.shards import ShardWriter, new_folder
+from spryfl.models.sources import explained, find_model, local_folder
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 """What is copied beside the weights: the tokenizer, and code the model brings."""

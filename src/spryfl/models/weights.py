@@ -12,8 +12,8 @@ from spryfl.models.classes import output_head
 from spryfl.models.dry_run import shallower
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import transformer_layers
-from spryfl.models.loading import hollow_model
 from spryfl.models.quantization import packed_bytes
+from spryfl.models.skeleton import hollow_model
 
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
 PACKED: tuple[Precision, ...] = ("int8", "nf4")
