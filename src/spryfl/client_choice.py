@@ -72,15 +72,12 @@ class ClientChoice:
     def candidates(self, budget: int | None, units: Sequence[str]) -> Iterator[Candidate]:
         """Every estimator with the largest chunks that fit; the smallest where none do."""
         depth = self.memory.depth(units)
-        if not self.config.model.streamed:  # what autograd stores refers to every layer's weights
-            yield self._backprop(budget, units, "backprop")
+        yield self._backprop(budget, units, "backprop")
         if depth > 0:
             yield self._backprop(budget, units, "per_layer")
             if budget is not None and depth > 1:
                 yield self._budgeted(budget, units)
             yield from self._guided(budget, units)
-        elif self.config.model.streamed:
-            yield self._backprop(budget, units, "per_layer")
         num_tangents = self.config.method.own_num_tangents
         while num_tangents:
             yield self._forward(budget, units, num_tangents)

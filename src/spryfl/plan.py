@@ -162,9 +162,8 @@ class Predictor:
             yield self._forward(streamed)
             if self.precision != "bfloat16":  # in whose rounding finite differences drown
                 yield self._zeroth_order(streamed)
-            if not streamed:  # what autograd stores refers to every layer's weights
-                plain = self.dry.backprop(False)
-                yield self._row("backprop", streamed, plain.peak_at(self.depth), self._mean_time(plain), visits=2)
+            plain = self.dry.backprop(False)
+            yield self._row("backprop", streamed, plain.peak_at(self.depth), self._mean_time(plain), visits=2)
             checkpointed = self.dry.backprop(True)
             time = self._mean_time(checkpointed)
             yield self._row("backprop_checkpointed", streamed, checkpointed.peak_at(self.depth), time, visits=2)

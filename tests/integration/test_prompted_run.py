@@ -75,10 +75,10 @@ def test_it_learns_and_the_adapter_gives_the_reported_accuracy(make: Callable[..
     assert right / len(bench.test) == pytest.approx(summary.accuracy)
 
 
-@pytest.mark.parametrize("method", ["spry", "fedyogi"])
+@pytest.mark.parametrize(("method", "checkpointing"), [("spry", "none"), ("fedyogi", "none"), ("fedyogi", "per_layer")])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_streamed_layers_give_the_same_round(
-    quantized: bool, method: str, make: Callable[..., RunConfig], decoder: Path, tmp_path: Path
+    quantized: bool, method: str, checkpointing: str, make: Callable[..., RunConfig], decoder: Path, tmp_path: Path
 ) -> None:
     name = str(decoder)
     if quantized:
@@ -86,7 +86,6 @@ def test_streamed_layers_give_the_same_round(
         name = str(tmp_path / "nf4")
     found = []
     for streamed in (False, True):
-        checkpointing = "per_layer" if method == "fedyogi" else "none"
         settings = {"model__name": name, "model__streamed": streamed, "method__name": method}
         bench = Workbench.from_config(make(**settings, method__checkpointing=checkpointing))
         runtime = InProcessRuntime(bench.client, bench.batch_tokens)

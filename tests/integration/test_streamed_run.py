@@ -31,7 +31,7 @@ def require_the_same_rounds(make: Callable[..., RunConfig], **settings: Any) -> 
     assert evaluations[0] == evaluations[1]
 
 
-@pytest.mark.parametrize("method", ["spry", "fedmezo"])
+@pytest.mark.parametrize("method", ["spry", "fedmezo", "fedavg"])
 def test_the_same_rounds(method: str, tiny_config: Callable[..., RunConfig], tiny_model: Path, tmp_path: Path) -> None:
     folder = save_family("llama", tmp_path, tiny_model)
     require_the_same_rounds(tiny_config, model__name=str(folder), method__name=method)

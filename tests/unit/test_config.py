@@ -39,7 +39,6 @@ from spryfl.presets import find_preset
             "method.budget: a number of bytes, or text such as '64MiB' or '1.5GB' (got '64 MiBs')",
         ),
         ({"server": {"cohort_size": 200}}, "exceeds partition.num_clients = 100"),
-        ({"model": {"streamed": True}, "method": {"name": "fedavg"}}, "set method.checkpointing = 'per_layer'"),
         ({"local": {"learning_rate": -1}}, "local.learning_rate: Input should be greater than 0 (got -1)"),
         ({"local": {"learning_rate": "fast"}}, "local.learning_rate"),
         ({"local": {"learning_rate": float("inf")}}, "local.learning_rate"),

@@ -63,7 +63,7 @@ def test_the_same_numbers(family: str, precision: str, tiny_model: Path, tmp_pat
 
 
 def test_the_same_slopes_and_gradients(tiny_model: Path, tmp_path: Path) -> None:
-    """Forward mode with two tangents, and both sweeps of backprop: bitwise those of the resident model."""
+    """Forward mode with two tangents, and every kind of backprop: bitwise those of the resident model."""
     folder = save_family("llama", tmp_path, tiny_model)
     models = open_model(folder), open_model(folder, streamed=True)
     batch = padded_batch()
@@ -78,11 +78,13 @@ def test_the_same_slopes_and_gradients(tiny_model: Path, tmp_path: Path) -> None
             return torch.nn.functional.cross_entropy(logits, batch["labels"])
 
         value, slopes = loss_and_slopes(loaded.model, loss, tangents)
-        sweeps = [
-            Backprop(kind, layer_calls, budget).loss_and_gradient(loaded.model, loss, names)[1]
-            for kind, budget in (("per_layer", None), ("budgeted", 10**5))
+        kinds = (("none", None), ("per_layer", None), ("budgeted", 10**5))
+        gradients = [
+            gradient
+            for kind, budget in kinds
+            for gradient in Backprop(kind, layer_calls, budget).loss_and_gradient(loaded.model, loss, names)[1]
         ]
-        found.append([torch.tensor(value), slopes, *sweeps[0], *sweeps[1]])
+        found.append([torch.tensor(value), slopes, *gradients])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -130,6 +132,26 @@ def test_a_backward_sweep(tiny_model: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "nf4", "int8"])
+@pytest.mark.parametrize("family", STREAMABLE)
+def test_plain_backprop(family: str, precision: str, tiny_model: Path, tmp_path: Path) -> None:
+    """What autograd stores refers to no weight on disk: each layer is loaded again for its backward pass."""
+    folder = _stored(family, precision, tmp_path, tiny_model)
+    gradients = []
+    for settings in ({}, {"streamed": True}):
+        loaded = open_model(folder, **settings)
+        trained = [p for p in loaded.model.parameters() if p.requires_grad]
+        logits = loaded.model(**{k: v for k, v in padded_batch().items() if k != "labels"}).logits
+        if loaded.streamed is not None:
+            assert _resident(loaded) == []
+        gradients.append(torch.autograd.grad(logits.square().sum(), trained, allow_unused=True))
+    assert any(gradient is not None and bool(gradient.any()) for gradient in gradients[0])
+    for whole, streamed in zip(*gradients, strict=True):
+        assert (whole is None) == (streamed is None)
+        assert whole is None or torch.equal(whole, streamed)
+    assert _resident(loaded) == []
+
+
 @pytest.fixture
 def streamed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdaptedModel:
     monkeypatch.setitem(FAMILIES, "llama", lambda: _deeper(5))
@@ -158,6 +180,45 @@ def test_each_layer_is_read_once_a_pass(streamed: AdaptedModel, monkeypatch: pyt
     _logits(streamed)
     _logits(streamed)
     assert order == [0, 1, 2, 3, 4] * 2
+
+
+def test_a_backward_pass_reads_each_layer_once_more(streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = _fetched(streamed, monkeypatch)
+    inside: list[int] = []
+    for layer in transformer_layers(streamed.model):
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda _: inside.append(len(_resident(streamed))))
+    logits = streamed.model(input_ids=padded_batch()["input_ids"]).logits
+    logits.sum().backward()
+    assert order == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
+    assert set(inside) == {1}
+    assert _resident(streamed) == []
+
+
+def test_a_backward_pass_that_fails(streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one goes as if nothing had been, and leaves nothing in memory."""
+    store: Any = streamed.streamed._store  # type: ignore[union-attr]
+    fetch = store.fetch
+    trained = [p for p in streamed.model.parameters() if p.requires_grad]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(streamed.model(input_ids=padded_batch()["input_ids"]).logits.sum(), trained)
+
+    expected = gradients()
+    logits = streamed.model(input_ids=padded_batch()["input_ids"]).logits
+
+    def fail(index: int) -> Any:
+        if index == 2:
+            raise OSError(5, "the disk is gone")
+        return fetch(index)
+
+    monkeypatch.setattr(store, "fetch", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        torch.autograd.grad(logits.sum(), trained)
+    monkeypatch.setattr(store, "fetch", fetch)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+    assert _resident(streamed) == []
 
 
 @pytest.mark.parametrize(

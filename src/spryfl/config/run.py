@@ -129,16 +129,6 @@ class RunConfig(Part):
         return self
 
     @model_validator(mode="after")
-    def _streamed_layers_pass_once(self) -> "RunConfig":
-        method = self.method
-        if self.model.streamed and method.own_estimator == "backprop" and method.checkpointing == "none":
-            raise ValueError(
-                "model.streamed: plain backprop refers to every layer's weights until its backward pass, so all would "
-                "lie in memory; set method.checkpointing = 'per_layer', or model.streamed = false"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _columns_suit_the_task(self) -> "RunConfig":
         kind, columns = self.task.kind, list(self.data.text_columns)
         if kind == "classification" and len(columns) > 3:

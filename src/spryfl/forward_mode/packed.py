@@ -70,8 +70,10 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module, unpack: DenseWeight) -> Tensor:
         ctx.module, ctx.unpack, ctx.dtype = module, unpack, x.dtype
+        ctx.save_for_backward(module.weight)  # so that hooks on saved tensors know that it will be needed
         return nn.functional.linear(x, weight_of(module, unpack, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        _ = ctx.saved_tensors  # a streamed layer's weight is the module's again from here on
         return gradient @ weight_of(ctx.module, ctx.unpack, ctx.dtype), None, None

@@ -2,13 +2,14 @@
 
 A layer's frozen tensors are views of a mapping of their files that is made when the layer is due and dropped
 when it is done, so at most two layers are resident: the one that computes and the one being fetched. What is
-trained (adapters, the head) is never on disk.
+trained (adapters, the head) is never on disk. Autograd stores where a layer's weights lie, and they are loaded again
+for its backward pass.
 """
 
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from spryfl.errors import ModelError
 from spryfl.models.assembly import Slot
 from spryfl.models.checkpoint import Checkpoint
+from spryfl.models.saved_weights import SavedWeights
 
 PAGE_BYTES = 4096
 
@@ -63,7 +65,7 @@ class StreamedLayers:
     """Loads each layer before its forward and drops it after, by hooks.
 
     Prefetching follows the observed direction: up in a forward pass, down in a backward sweep over layers.
-    A caller that needs a layer beyond its forward, or calls it several times, holds it with `resident`.
+    A caller that calls a layer several times, or runs it forward and at once backward, holds it with `resident`.
 
     Args:
         layers: in the order of a forward pass; their slots are on the meta device.
@@ -74,6 +76,8 @@ class StreamedLayers:
         self._store = store
         self._empty = [[getattr(slot.module, slot.name) for slot in slots] for slots in store.slots]
         self._holders: Counter[int] = Counter()
+        self._saved = SavedWeights(store.slots, self._enter, self._leave)
+        self._saving: list[tuple[int, AbstractContextManager[None]]] = []
         self._last = -1
         self._prefetch: _Prefetch | None = None
         self._closed = False
@@ -98,8 +102,14 @@ class StreamedLayers:
 
     def _before(self, index: int, module: nn.Module, args: Any) -> None:
         self._enter(index)
+        # Under a torch.func transform PyTorch allows no such hooks, and nothing is stored for a backward pass of ours.
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            self._saving.append((index, self._saved.of_forward(index)))
+            self._saving[-1][1].__enter__()
 
     def _after(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._saving and self._saving[-1][0] == index:
+            self._saving.pop()[1].__exit__(None, None, None)
         self._leave(index)
 
     def _enter(self, index: int) -> None:
