@@ -101,6 +101,11 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
             {"search": {}, "dataset": [{"name": "a"}, *({"name": n, "tuned_on": o} for n, o in ("ba", "cb"))]},
             "dataset 'c': tuned_on = 'b' is no ..dataset.. with a search of its own",
         ),
+        ({"dataset": [{"name": "a", "search_rounds": 3}]}, "no search of its own: leave them out, or add .search."),
+        (
+            {"search": {}, "dataset": [{"name": "a"}, {"name": "b", "tuned_on": "a", "search_rounds": 3}]},
+            "dataset 'b' has search_rounds, but no search of its own: leave that out, or leave tuned_on out",
+        ),
         ({"search": {"space": {"server.tau": {"low": 2, "high": 1}}}}, "low = 2 is not below high = 1"),
         ({"search": {"space": {"server.tau": {"low": 0, "high": 1}}}}, "a log scale begins above 0"),
         ({"search": {"space": {"server.tau": {"low": 1}}}}, "give low and high, or choices"),
@@ -189,6 +194,13 @@ def test_a_trial_never_sees_the_test_split(tmp_path: Path) -> None:
     assert (config.data.test_split, config.data.test_fraction) == ("train", 0.3)
     assert (config.seed, config.server.num_rounds, config.evaluation.every) == (7, 2, 2)
     assert config.local.learning_rate == 0.5
+
+
+def test_a_datasets_trials_may_take_longer(tmp_path: Path) -> None:
+    datasets = [{"name": "a"}, {"name": "b", "search_rounds": 3}, {"name": "c", "tuned_on": "b"}]
+    suite = read(tmp_path, search={"rounds": 2}, dataset=datasets, seeds=[0])
+    rounds = {cell.dataset.name: search_config(suite, cell, {}).server.num_rounds for cell in suite.cells()}
+    assert rounds == {"a": 2, "b": 3, "c": 3}
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)

@@ -87,7 +87,7 @@ def search_config(suite: Suite, cell: Cell, tried: Settings) -> RunConfig:
     assert settings is not None
     cell = suite.searched(cell)
     own = suite.run_config(cell)
-    rounds = settings.rounds or own.server.num_rounds
+    rounds = cell.dataset.search_rounds or settings.rounds or own.server.num_rounds
     fixed = {
         "seed": settings.seed,
         "data.test_split": "train",

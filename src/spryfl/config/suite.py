@@ -70,6 +70,7 @@ class DatasetEntry(Part):
     name: str = Field(pattern=NAME, description="names it in tables and folders")
     target: float | None = Field(None, description="score whose cost in time and bytes is told")
     tuned_on: str | None = Field(None, description="the [[dataset]] whose search serves this one too; its own if none")
+    search_rounds: int | None = Field(None, ge=1, description="of each trial, where it takes longer to leave chance")
     set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value")
 
 
@@ -136,6 +137,11 @@ class SuiteConfig(Part):
                     )
         datasets = {entry.name: entry for entry in self.dataset}
         for dataset in self.dataset:
+            if dataset.search_rounds is not None and (self.search is None or dataset.tuned_on is not None):
+                raise ValueError(
+                    f"dataset '{dataset.name}' has search_rounds, but no search of its own: leave that out, or "
+                    f"{'add [search]' if self.search is None else 'leave tuned_on out'}"
+                )
             if dataset.tuned_on is None:
                 continue
             if self.search is None:
