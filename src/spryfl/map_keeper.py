@@ -1,8 +1,8 @@
 """The server's backward maps: read or fitted before the first round, and fitted anew when they drift.
 
-The rule: every `guide.check_every` rounds the mean cosine of guessed and true gradients is measured on public
-text held out from the fit. Where it has fallen below `guide.refit_below` of what it was after the last fit, the
-maps are fitted again with the present values.
+The rule: every `guide.check_every` rounds, but not after the last, the mean cosine of guessed and true gradients is
+measured on public text held out from the fit. Where it has fallen below `guide.refit_below` of what it was after the
+last fit, the maps are fitted again with the present values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,9 +65,12 @@ class MapKeeper:
         return self._with_cosines(replace(state, maps=maps)) if guide.text else replace(state, maps=maps)
 
     def keep(self, state: FederatedState) -> tuple[FederatedState, float | None, bool]:
-        """The state after a round, its maps' mean cosine if it was due, and whether they were fitted anew."""
-        guide = self.config.guide
-        if not state.maps or guide.text is None or state.round % guide.check_every:
+        """The state after a round, its maps' mean cosine if it was due, and whether they were fitted anew.
+
+        After the last round nothing is due: no client will get the maps.
+        """
+        guide, last = self.config.guide, self.config.server.num_rounds
+        if not state.maps or guide.text is None or state.round % guide.check_every or state.round >= last:
             return state, None, False
         cosine = self.cosine(state)
         if cosine >= guide.refit_below * _mean(cosines_of(state.maps)):

@@ -183,6 +183,7 @@ VARIANTS: dict[str, Variant] = {
         _guess("h=2, by layer", BY_LAYER | {"guide.horizon": 2}),
         _guess("h=3, by layer", BY_LAYER | {"guide.horizon": 3}),
         _guess("h=3, by layer, trust 2", BY_LAYER | {"guide.horizon": 3, "guide.trust": 2.0}),
+        _guess("h=3, by layer, rank 4", BY_LAYER | {"guide.horizon": 3, "guide.rank": 4}),
         _guess("h=0, by layer, trust 2", BY_LAYER | {"guide.trust": 2.0}),
         Variant(
             "backprop split",
