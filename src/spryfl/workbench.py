@@ -23,6 +23,7 @@ from spryfl.federated.accounting import Accountant
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
 from spryfl.federated.method import METHODS
 from spryfl.federated.privacy import ClientPrivacy
+from spryfl.federated.schedule import Schedule
 from spryfl.federated.server_optimizer import ServerUpdate, default_learning_rate
 from spryfl.federated.state import FederatedState, Federation
 from spryfl.forward_mode.support import require_support
@@ -209,6 +210,7 @@ class Workbench:
                 beta1=config.server.beta1,
                 beta2=config.server.beta2,
                 tau=config.server.tau,
+                schedule=Schedule(config.server.schedule, config.server.num_rounds, config.server.warmup_rounds),
             ),
             aggregation=config.server.aggregation,
             trim=config.server.trim,

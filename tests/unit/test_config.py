@@ -38,6 +38,8 @@ from spryfl.presets import find_preset
             {"method": {"checkpointing": "budgeted", "budget": "64 MiBs"}},
             "method.budget: a number of bytes, or text such as '64MiB' or '1.5GB' (got '64 MiBs')",
         ),
+        ({"server": {"num_rounds": 4, "warmup_rounds": 4}}, "warmup_rounds = 4 of num_rounds = 4: warm up for fewer"),
+        ({"server": {"schedule": "linaer"}}, "server.schedule"),
         ({"server": {"cohort_size": 200}}, "exceeds partition.num_clients = 100"),
         ({"local": {"learning_rate": -1}}, "local.learning_rate: Input should be greater than 0 (got -1)"),
         ({"local": {"learning_rate": "fast"}}, "local.learning_rate"),

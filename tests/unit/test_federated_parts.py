@@ -5,10 +5,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from spryfl.federated.aggregation import Contribution, aggregate
 from spryfl.federated.assignment import assign_all, assign_split, assign_units
 from spryfl.federated.sampling import Sampling, inclusion
+from spryfl.federated.schedule import Schedule
 from spryfl.federated.server_optimizer import ServerUpdate
 
 
@@ -134,6 +140,28 @@ def test_yogi_lowers_its_second_moment() -> None:
     assert float(moments["v/a"]) == pytest.approx(1 - 0.01 * 0.25)
     second, _ = update.apply(values, CHANGE, moments)
     assert float(second["a"]) > float(values["a"])
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_schedules_are_transformers_own(kind: str, warmup: int) -> None:
+    """After the warm-up, which begins a step later here: there the first step has a rate of 0."""
+    theirs_of = {"constant": get_constant_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    arguments = [warmup] if kind == "constant" else [warmup, 10]
+    theirs = theirs_of.get(kind, get_cosine_schedule_with_warmup)(optimizer, *arguments).lr_lambdas[0]
+    schedule = Schedule(kind, 10, warmup)
+    factors = [schedule.factor(round) for round in range(1, 11)]
+    assert factors[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+    assert factors[warmup:] == pytest.approx([theirs(step) for step in range(warmup, 10)])
+    assert min(factors) > 0
+
+
+def test_a_server_follows_its_schedule() -> None:
+    update = ServerUpdate("sgd", 0.5, schedule=Schedule("linear", 4))
+    steps = [float(update.at(round).apply(VALUES, CHANGE, {})[0]["a"] - VALUES["a"]) for round in (1, 3)]
+    assert steps[0] == pytest.approx(0.5 * float(CHANGE["a"]))
+    assert steps[1] == pytest.approx(0.25 * float(CHANGE["a"]))
 
 
 def test_sgd_of_rate_one_is_the_mean() -> None:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from spryfl.config.part import Part, Positive, PositiveFloat, Size
 from spryfl.federated.method import Aggregation, SamplingKind
+from spryfl.federated.schedule import ScheduleKind
 
 
 class LocalConfig(Part):
@@ -30,6 +31,8 @@ class ServerConfig(Part):
     )
     optimizer: Literal["sgd", "adagrad", "adam", "yogi"] | None = Field(None, description="the method's by default")
     learning_rate: PositiveFloat | None = Field(None, description="0.01; sgd: 1 on values (the mean), 0.1 on gradients")
+    schedule: ScheduleKind = Field("constant", description="of the learning rate over the rounds")
+    warmup_rounds: int = Field(0, ge=0, description="in which the learning rate rises evenly")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
     tau: PositiveFloat = Field(1e-3, description="adaptivity: added to the denominator")
@@ -49,6 +52,14 @@ class ServerConfig(Part):
     clip_norm: PositiveFloat | None = Field(
         None, description="scale each client's change down to this L2 norm, over all its units together"
     )
+
+    @model_validator(mode="after")
+    def _rounds_are_left_after_the_warmup(self) -> "ServerConfig":
+        if self.warmup_rounds >= self.num_rounds:
+            raise ValueError(
+                f"warmup_rounds = {self.warmup_rounds} of num_rounds = {self.num_rounds}: warm up for fewer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _trim_belongs_to_trimmed_mean(self) -> "ServerConfig":

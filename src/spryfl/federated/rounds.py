@@ -54,7 +54,8 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     change, pool = combined_change(answers.contributions, list(tasks.values()), state.pool, federation)
 
     # 5. The server optimizer applies it; units nobody trained stay bitwise as they were.
-    values, moments = federation.server.apply(state.values, change, state.moments, trusted_steps(state, federation))
+    server = federation.server.at(round)
+    values, moments = server.apply(state.values, change, state.moments, trusted_steps(state, federation))
     last_change = state.last_change | change if federation.training.num_candidates > 1 else {}
 
     updates = answers.updates

@@ -11,13 +11,14 @@ gradient). v starts at tau^2 and there is no bias correction, as in the paper's 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from spryfl.federated.method import Pace, ServerOptimizer
+from spryfl.federated.schedule import CONSTANT, Schedule
 
 Moments = dict[str, Tensor]
 """Optimizer state: "m/NAME" and "v/NAME" for every parameter that has been updated."""
@@ -52,6 +53,11 @@ class ServerUpdate:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+    schedule: Schedule = CONSTANT
+
+    def at(self, round: int) -> "ServerUpdate":
+        """With the learning rate that is due in a round, counted from 1."""
+        return replace(self, learning_rate=self.learning_rate * self.schedule.factor(round))
 
     def apply(
         self,
