@@ -101,7 +101,7 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
             {"search": {}, "dataset": [{"name": "a"}, *({"name": n, "tuned_on": o} for n, o in ("ba", "cb"))]},
             "dataset 'c': tuned_on = 'b' is no ..dataset.. with a search of its own",
         ),
-        ({"dataset": [{"name": "a", "search_rounds": 3}]}, "no search of its own: leave them out, or add .search."),
+        ({"dataset": [{"name": "a", "search_rounds": 3}]}, "no search of its own: leave that out, or add .search."),
         (
             {"search": {}, "dataset": [{"name": "a"}, {"name": "b", "tuned_on": "a", "search_rounds": 3}]},
             "dataset 'b' has search_rounds, but no search of its own: leave that out, or leave tuned_on out",
