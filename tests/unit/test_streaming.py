@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,15 @@ def _fetched(streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> list[in
     return order
 
 
+def _failing_at(layer: int, fetch: Callable[[int], Any]) -> Callable[[int], Any]:
+    def fail(index: int) -> Any:
+        if index == layer:
+            raise OSError(5, "the disk is gone")
+        return fetch(index)
+
+    return fail
+
+
 def test_each_layer_is_read_once_a_pass(streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     order = _fetched(streamed, monkeypatch)
     _logits(streamed)
@@ -208,12 +218,7 @@ def test_a_backward_pass_that_fails(streamed: AdaptedModel, monkeypatch: pytest.
     expected = gradients()
     logits = streamed.model(input_ids=padded_batch()["input_ids"]).logits
 
-    def fail(index: int) -> Any:
-        if index == 2:
-            raise OSError(5, "the disk is gone")
-        return fetch(index)
-
-    monkeypatch.setattr(store, "fetch", fail)
+    monkeypatch.setattr(store, "fetch", _failing_at(2, fetch))
     with pytest.raises(OSError, match="the disk is gone"):
         torch.autograd.grad(logits.sum(), trained)
     monkeypatch.setattr(store, "fetch", fetch)
@@ -247,12 +252,7 @@ def test_what_goes_wrong_while_prefetching(streamed: AdaptedModel, monkeypatch: 
     store: Any = streamed.streamed._store  # type: ignore[union-attr]
     fetch = store.fetch
 
-    def fail(index: int) -> Any:
-        if index == 2:
-            raise OSError(5, "the disk is gone")
-        return fetch(index)
-
-    monkeypatch.setattr(store, "fetch", fail)
+    monkeypatch.setattr(store, "fetch", _failing_at(2, fetch))
     with pytest.raises(OSError, match="the disk is gone"):
         _logits(streamed)
     assert _resident(streamed) == []
