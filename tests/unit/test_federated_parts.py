@@ -5,11 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from transformers import get_scheduler
 
 from spryfl.federated.aggregation import Contribution, aggregate
 from spryfl.federated.assignment import assign_all, assign_split, assign_units
@@ -146,10 +142,9 @@ def test_yogi_lowers_its_second_moment() -> None:
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_schedules_are_transformers_own(kind: str, warmup: int) -> None:
     """After the warm-up, which begins a step later here: there the first step has a rate of 0."""
-    theirs_of = {"constant": get_constant_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    arguments = [warmup] if kind == "constant" else [warmup, 10]
-    theirs = theirs_of.get(kind, get_cosine_schedule_with_warmup)(optimizer, *arguments).lr_lambdas[0]
+    name = "constant_with_warmup" if kind == "constant" else kind
+    (theirs,) = get_scheduler(name, optimizer, warmup, 10).lr_lambdas
     schedule = Schedule(kind, 10, warmup)
     factors = [schedule.factor(round) for round in range(1, 11)]
     assert factors[:warmup] == [(step + 1) / warmup for step in range(warmup)]

@@ -59,9 +59,8 @@ class SavedWeights:
         at = tensor.data_ptr()
         for index, slot in enumerate(self._slots[layer]):
             weight: Tensor = getattr(slot.module, slot.name)
-            if at and weight.data_ptr() <= at < weight.data_ptr() + weight.nbytes:
-                if weight.dtype != tensor.dtype:
-                    break
+            inside = weight.data_ptr() <= at < weight.data_ptr() + weight.nbytes
+            if inside and weight.dtype == tensor.dtype:
                 offset = (at - weight.data_ptr()) // weight.itemsize
                 return Place(layer, index, tensor.size(), tensor.stride(), offset)
         return tensor
