@@ -76,12 +76,16 @@ def build(
     seed: int = 0,
     adapter: AdapterConfig = RANK_2,
     task: TaskKind = "classification",
+    layers: int = 2,
 ) -> nn.Module:
     """A tiny adapted model with lean operators."""
     register_attention()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = FAMILIES[family]()
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1] * layers
         config.num_labels = 2 if task == "qa" else config.num_labels  # a start and an end
         base = MODEL_CLASSES[task].auto.from_config(config, attn_implementation=attention)
         base = base.double()

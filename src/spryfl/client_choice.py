@@ -129,13 +129,17 @@ class ClientChoice:
         dry, depth, state = self.memory.dry, self.memory.depth(units), self.memory.dry.work.state_bytes
         passed = self._whole - horizon
         own = {place for unit in units for place in self.places[unit]}
-        kept = len(own | set(range(passed, self._whole)))
+        run_back = len(own | set(range(passed, self._whole)))
+        guessed = [place for place in own if place < passed]
+        run_again = max(guessed) - min(guessed) + 1 - len(guessed)  # layers between that have no units
         rows = self._slope_rows(units, passed, slopes)
         values = sum(self.memory.values[unit] for unit in units)
         upper = depth < self._whole
 
         def peak(chunk: int) -> int:
-            there_and_back = dry.guided(horizon > 0, chunk, upper=upper).peak_at(depth + upper) - (depth - kept) * state
+            there_and_back = dry.guided(horizon > 0, chunk, upper=upper).peak_at(depth + upper)
+            # Inputs of the other layers that are passed exactly, and of the one from which slopes are taken.
+            there_and_back += (max(0, horizon - 1) + bool(rows)) * state
             found = max(dry.inference(chunk).peak_at(self._whole), there_and_back)
             if rows:  # the directions, in float32 and float64; the lowest layer's input stays
                 directions = rows * values * (4 + 8 + 8 + dry.work.dtype.itemsize)
@@ -145,7 +149,7 @@ class ClientChoice:
 
         chunk, peak_bytes = self._largest_chunk(budget, peak)
         guessing, exact = dry.guided(False), dry.guided(True)
-        flops = guessing.flops_at(kept) + (self._whole - kept) * self._inference.layer_flops
+        flops = guessing.flops_at(run_back) + (self._whole - run_back + run_again) * self._inference.layer_flops
         flops += horizon * max(0, exact.flops - guessing.flops)  # of gradients at those layers' inputs
         if rows:
             flops += dry.forward(rows).flops_at(depth)

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import families
 from families import DECODERS, FAMILIES, autograd_gradient, batch_loss, build, padded_batch, trainable
 from spryfl.errors import ConfigError, ModelError
 from spryfl.forward_mode.budget import chunks_of
@@ -22,19 +22,7 @@ STATE = ROWS * TOKENS * HIDDEN * 8  # bytes of one hidden state in float64
 DEPTH = 6
 
 
-@pytest.fixture
-def deep(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
-    """Builds families with `DEPTH` layers."""
-
-    def make(family: str, **options: object) -> nn.Module:
-        config = FAMILIES[family]()
-        config.num_hidden_layers = DEPTH
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:1] * DEPTH
-        monkeypatch.setitem(families.FAMILIES, family, lambda: config)
-        return build(family, **options)
-
-    return make
+deep = partial(build, layers=DEPTH)
 
 
 def sweeping(num_states: int | None) -> Backprop:
@@ -83,7 +71,7 @@ def counted_runs(model: nn.Module) -> Iterator[Counter[str]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_is_autograds(family: str, chunks: int, deep: Callable[..., nn.Module]) -> None:
+def test_gradient_is_autograds(family: str, chunks: int) -> None:
     model, loss = deep(family), batch_loss(padded_batch(left=family in DECODERS))
     assert_exact(model, loss, trainable(model), Backprop())
     own = [vars(layer)["forward"] for layer in transformer_layers(model)]
@@ -94,7 +82,7 @@ def test_gradient_is_autograds(family: str, chunks: int, deep: Callable[..., nn.
 
 @pytest.mark.parametrize("budget", [None, 1, 2, 3, 4, 100])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_layers_run_the_fewest_times(family: str, budget: int | None, deep: Callable[..., nn.Module]) -> None:
+def test_layers_run_the_fewest_times(family: str, budget: int | None) -> None:
     """Once up, once back, and the advances of the best schedule; row chunks call no layer again."""
     model, loss = deep(family), batch_loss(padded_batch())
     with counted_runs(model) as runs, chunks_of(1):
@@ -105,9 +93,7 @@ def test_layers_run_the_fewest_times(family: str, budget: int | None, deep: Call
 
 
 @pytest.mark.parametrize(("budget", "extra"), [(None, 0), (1, 3), (2, 1), (3, 0)])
-def test_nothing_is_recorded_below_the_lowest_wanted_layer(
-    budget: int | None, extra: int, deep: Callable[..., nn.Module]
-) -> None:
+def test_nothing_is_recorded_below_the_lowest_wanted_layer(budget: int | None, extra: int) -> None:
     model, loss = deep("bert"), batch_loss(padded_batch())
     upper = [name for name in trainable(model) if any(f".layer.{i}." in name for i in (3, 5))]
     estimator = sweeping(budget)
@@ -119,7 +105,7 @@ def test_nothing_is_recorded_below_the_lowest_wanted_layer(
     assert_exact(model, loss, upper, estimator)
 
 
-def test_the_head_alone_needs_no_layer_back(deep: Callable[..., nn.Module]) -> None:
+def test_the_head_alone_needs_no_layer_back() -> None:
     model, loss = deep("bert"), batch_loss(padded_batch())
     head = [name for name in trainable(model) if "classifier" in name]
     with counted_runs(model) as runs:
@@ -129,7 +115,7 @@ def test_the_head_alone_needs_no_layer_back(deep: Callable[..., nn.Module]) -> N
 
 
 @pytest.mark.parametrize("budget", [None, 2])
-def test_parameters_below_the_layers(budget: int | None, chunks: int, deep: Callable[..., nn.Module]) -> None:
+def test_parameters_below_the_layers(budget: int | None, chunks: int) -> None:
     model, loss = deep("albert"), batch_loss(padded_batch())
     below = [n for n, _ in model.named_parameters() if "embedding_hidden_mapping_in" in n or "position_emb" in n]
     names = below + trainable(model)
@@ -139,7 +125,7 @@ def test_parameters_below_the_layers(budget: int | None, chunks: int, deep: Call
         assert_exact(model, loss, wanted, sweeping(budget))
 
 
-def test_a_shared_layer_is_recorded_call_by_call(deep: Callable[..., nn.Module]) -> None:
+def test_a_shared_layer_is_recorded_call_by_call() -> None:
     """ALBERT's one layer runs six times; without being told so, the schedule is longer and as right."""
     model, loss = deep("albert"), batch_loss(padded_batch())
     names = trainable(model)
@@ -156,7 +142,7 @@ def test_a_shared_layer_is_recorded_call_by_call(deep: Callable[..., nn.Module])
 
 
 @pytest.mark.parametrize("budget", [None, 1, 3])
-def test_dropout_draws_the_same_masks_again(budget: int | None, deep: Callable[..., nn.Module]) -> None:
+def test_dropout_draws_the_same_masks_again(budget: int | None) -> None:
     model, batch = deep("bert"), padded_batch()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -171,7 +157,7 @@ def test_dropout_draws_the_same_masks_again(budget: int | None, deep: Callable[.
         assert_exact(model, loss, trainable(model), sweeping(budget))
 
 
-def test_weights_that_hooks_fetch_and_drop(deep: Callable[..., nn.Module]) -> None:
+def test_weights_that_hooks_fetch_and_drop() -> None:
     """Streaming: outside a layer's call its frozen weights hold nothing, and every call fetches them once."""
     model, loss = deep("llama"), batch_loss(padded_batch())
     names = trainable(model)
@@ -289,12 +275,9 @@ def test_gradients_that_would_be_lost_are_named(passes: str, message: str) -> No
         )
 
 
-def test_memory_falls_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_falls_with_the_budget() -> None:
     """Deep and narrow: budgeted < per layer < none, and budgeted within its budget and one layer's work."""
-    config = FAMILIES["bert"]()
-    config.num_hidden_layers = 12
-    monkeypatch.setitem(families.FAMILIES, "bert", lambda: config)
-    model, loss = build("bert"), batch_loss(padded_batch())
+    model, loss = build("bert", layers=12), batch_loss(padded_batch())
     names = trainable(model)
     lowest = [n for n in names if ".layer.11." in n]
 

@@ -8,10 +8,14 @@ from torch import Tensor, nn
 
 from families import autograd_gradient, batch_loss, build, padded_batch, trainable
 from spryfl.errors import ModelError
+from spryfl.forward_mode.budget import chunks_of
+from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.backward_maps import MapSettings, fit_backward_maps, gradients_by_layer, guess_quality
 from spryfl.gradients.directions import DirectionStream
+from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.guesses import MapGuess, identity, positions
 from spryfl.gradients.guided import GuidedGradient
+from spryfl.memory.meter import ActivationMeter
 from spryfl.models.layers import layer_calls
 
 DRAW = DirectionStream(0, 1, 0).at_step(0)
@@ -79,6 +83,60 @@ def test_projection_on_the_guess(family: str, slopes: str) -> None:
         g = flat(exact, own)
         assert torch.allclose(flat(found, own), (g @ v) / (v @ v) * v, rtol=1e-4, atol=1e-7)
         assert float(flat(found, own) @ g) >= 0
+
+
+@pytest.mark.parametrize("horizon", [0, 2])
+@pytest.mark.parametrize("chunks", [10**9, 1], ids=["whole", "row by row"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama", "opt"])
+def test_guesses_of_several_layers_are_those_of_each_alone(family: str, chunks: int, horizon: int) -> None:
+    """Of all layers, and of some with one between that has none."""
+    model = build(family, layers=6)
+    alone = [guided(model, in_layer(model, place), horizon=horizon, slopes_per="none") for place in range(6)]
+    with chunks_of(chunks):
+        for places in (range(6), (1, 3)):
+            names = [name for place in places for name in in_layer(model, place)]
+            found = guided(model, names, horizon=horizon, slopes_per="none")
+            for place in places:
+                for name, gradient in alone[place].items():
+                    assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("slopes", ["none", "step"])
+def test_memory_does_not_grow_with_the_layers_that_are_guessed_for(slopes: str) -> None:
+    """Of all layers, at least; checkpointed backprop keeps a hidden state more for each."""
+
+    rows = 64
+    state = rows * 9 * 32 * 8  # bytes of one hidden state in float64
+
+    def peak(estimator: GradientEstimator, layers: int) -> int:
+        model, loss = build("bert", layers=layers), batch_loss(padded_batch(rows))
+        with ActivationMeter() as meter:
+            estimator.estimate(model, loss, trainable(model), DRAW, rows)
+        return meter.peak_bytes
+
+    guess = GuidedGradient(layer_calls, horizon=1, slopes_per=slopes)
+    backprop = Backprop("per_layer", layer_calls)
+    assert peak(guess, 12) - peak(guess, 4) < state
+    assert peak(backprop, 12) - peak(backprop, 4) > 7 * state
+
+
+def test_dropout_draws_the_same_masks_again() -> None:
+    """Passed through exactly, row by row, with the masks of the pass that gave the loss."""
+    model, batch = build("bert", layers=3), padded_batch()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+            module.train()
+
+    def loss(model: nn.Module) -> Tensor:
+        torch.manual_seed(3)
+        return batch_loss(batch)(model)
+
+    with torch.random.fork_rng(), chunks_of(1):
+        names = trainable(model)
+        exact = autograd_gradient(model, loss, names)
+        found = GuidedGradient(layer_calls, horizon=3).estimate(model, loss, names, DRAW, 3).gradients
+    assert all(torch.allclose(found[name].double(), exact[name], rtol=1e-5, atol=1e-7) for name in names)
 
 
 def test_a_mask_keeps_guesses_off_padding_and_the_pass_starts_at_the_assigned_layer() -> None:

@@ -21,7 +21,7 @@ Progress = Callable[[str], None]
 GROWTH = "growth"
 TRUTH = "truth"
 NAMES = (*WORKS, GROWTH, TRUTH)
-TIMEOUT_SECONDS = 3600
+TIMEOUT_SECONDS = 4 * 3600
 
 
 def run_works(

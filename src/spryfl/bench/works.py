@@ -79,7 +79,7 @@ SPRY = (Case("forward", k=8), Case("forward", units="one"))
 WORKS: dict[str, Work] = {
     work.name: work
     for work in (
-        Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY)),
+        Work("bert-large", "bert-large", "float32", False, 8, 512, (*EVERY, *SPRY), timed_apart=True),
         Work(
             "bert-large-6-layers",
             "bert-large",

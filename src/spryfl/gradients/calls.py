@@ -65,6 +65,12 @@ class Call:
         with self.random.again():
             return self.layer(*args, **self.kwargs)
 
+    def output_of(self, hidden: Tensor) -> Tensor:
+        """The call's output, cut off from autograd: (batch, tokens, hidden) -> the same."""
+        # Without recording, token-wise blocks run in chunks, which would draw other masks than a recorded call.
+        with torch.set_grad_enabled(self.stochastic):
+            return hidden_of(self.again(hidden), self.layer).detach()
+
 
 def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """The hidden state a layer is called with, and the call without it.

@@ -1,13 +1,16 @@
 """Guided tangents: a guess of the gradient's direction, made exact in length and sign by forward mode.
 
     G    = dL/dh at the last hidden state                                   (with the first pass)
-    G_l  = guess of dL/dh_l, the assigned layer's output                     (no pass)
+    G_l  = guess of dL/dh_l, an assigned layer's output                      (no pass)
     v    = (dh_l / dw)^T G_l                                                (that layer alone, run again)
     g    = (s / |v|^2) v,  s = grad L . v                                   (one forward-mode pass from layer l on)
 
 g is the projection of the gradient on v: whatever the guess, a direction of descent on the batch, and never
 longer than the gradient. Back-propagating exactly through the uppermost `horizon` layers before guessing makes
 the guess better; through all of them, g is the gradient.
+
+Guesses depend on G alone, so they need no way down: several assigned layers are run again from the lowest up, each
+differentiated as it is passed. Whatever their number, the first pass keeps one layer's input for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,10 +72,10 @@ class GuidedGradient:
             ModelError: a parameter lies below the layers, where no guess reaches.
         """
         names = {model.get_parameter(name): name for name in parameters}
-        traced, exact, guided, lowest = self.guess_gradients(model, loss, parameters)
+        traced, guided, lowest = self.guess_gradients(model, loss, parameters)
         gradients = {name: torch.zeros(p.shape) for p, name in names.items()}
         # A shared layer's parameter may be reached exactly in one call and by a guess in another.
-        for sums in (exact, guided) if self.slopes_per == "none" else (exact,):
+        for sums in (traced.sums, guided) if self.slopes_per == "none" else (traced.sums,):
             for parameter, gradient in sums.sums.items():
                 gradients[names[parameter]] += gradient.float().cpu()
         if self.slopes_per != "none" and guided.sums:
@@ -80,46 +83,50 @@ class GuidedGradient:
                 {names[p]: g.float().cpu() + gradients[names[p]] for p, g in guided.sums.items()}
             )
             groups = self._groups(directions)
-            traced.kept = {lowest: traced.kept[lowest]}
             gradients |= self._projected(model, loss, traced, lowest, directions, groups, draw)
         return GradientEstimate(gradients, float(traced.loss), None, num_examples)
 
     def guess_gradients(
         self, model: nn.Module, loss: Loss, parameters: Sequence[str]
-    ) -> tuple[Trace, GradientSums, GradientSums, int]:
-        """Without slopes: the traced pass, exact and guessed gradients, and the lowest layer that has parameters."""
+    ) -> tuple[Trace, GradientSums, int]:
+        """Without slopes: the traced pass with exact gradients, guessed ones, and the lowest layer with parameters."""
         names = {model.get_parameter(name): name for name in parameters}
         with torch.enable_grad(), only_requiring_grad(model, parameters) as wanted:
             layers = self.layers(model)
             own = {layer: [p for p in layer.parameters() if p in names] for layer in layers}
             lowest = min((i for i, layer in enumerate(layers) if own[layer]), default=len(layers))
             passed = max(lowest, len(layers) - self.horizon)  # layers from here on are passed through exactly
-            traced = trace(model, loss, layers, wanted, lambda i: i >= passed or (i >= lowest and bool(own[layers[i]])))
-            exact, guided = self._carried_down(traced, own, lowest, passed)
-        _require_reached(names, own, exact, guided)
-        return traced, exact, guided, lowest
+            traced = trace(model, loss, layers, wanted, lambda place: place == lowest or place >= passed)
+            self._down(traced, own, lowest, passed)
+            guided = self._up(traced, own, lowest, passed)
+        _require_reached(names, own, traced.sums, guided)
+        return traced, guided, lowest
 
-    def _carried_down(
-        self, traced: Trace, own: Mapping[nn.Module, list[nn.Parameter]], lowest: int, passed: int
-    ) -> tuple[GradientSums, GradientSums]:
-        """Exact and guessed gradients, by parameter.
+    def _down(self, traced: Trace, own: Mapping[nn.Module, list[nn.Parameter]], lowest: int, passed: int) -> None:
+        """Exactly through the calls from the last down to `passed`; leaves the gradient at the input of that one."""
+        for place in range(len(traced.calls) - 1, passed - 1, -1):
+            call, hidden, mine = traced.calls[place], traced.kept.pop(place), own[traced.calls[place].layer]
+            reverse_call(call, hidden, traced.gradient, mine, traced.sums, needs_input=place > lowest)
 
-        The gradient is known at the outputs of calls from `passed - 1` on, and guessed below.
-        """
-        exact, guided, gradient = traced.sums, GradientSums(), traced.gradient
-        for place in range(len(traced.calls) - 1, lowest - 1, -1):
-            call, kept = traced.calls[place], traced.kept.get(place)
-            mine = own[call.layer]
-            if kept is None:
+    def _up(self, traced: Trace, own: Mapping[nn.Module, list[nn.Parameter]], lowest: int, passed: int) -> GradientSums:
+        """Guessed gradients of the calls from `lowest` up to `passed`; at the last one's output it is known."""
+        guided = GradientSums()
+        mine = [place for place in range(lowest, passed) if own[traced.calls[place].layer]]
+        if not mine:
+            return guided
+        hidden = traced.kept.pop(lowest)
+        if self.slopes_per != "none":  # the pass that takes them begins there, and `hidden` moves on
+            traced.kept[lowest] = hidden.clone() if len(mine) > 1 else hidden
+        for place in range(lowest, mine[-1] + 1):
+            call = traced.calls[place]
+            if place not in mine:
+                hidden = call.output_of(hidden)
                 continue
-            if place >= passed:
-                reverse_call(call, kept, gradient, mine, exact, needs_input=place > lowest)
-            elif place == passed - 1:
-                reverse_call(call, kept, gradient, mine, exact, needs_input=False)
-            else:
-                guess = self.guess(place, gradient, traced.mask)
-                reverse_call(call, kept, guess, mine, guided, needs_input=False)
-        return exact, guided
+            known = place == passed - 1
+            arriving = traced.gradient if known else self.guess(place, traced.gradient, traced.mask)
+            sums, onward = traced.sums if known else guided, hidden if place < mine[-1] else None
+            reverse_call(call, hidden, arriving, own[call.layer], sums, needs_input=False, onward=onward)
+        return guided
 
     def _directions(self, guided: dict[str, Tensor]) -> Directions:
         """The guess, and the server's momentum where there is one, each scaled to entries of about 1."""

@@ -32,7 +32,14 @@ class GradientSums:
 
 
 def reverse_call(
-    call: Call, hidden: Tensor, gradient: Tensor, own: Sequence[nn.Parameter], sums: GradientSums, *, needs_input: bool
+    call: Call,
+    hidden: Tensor,
+    gradient: Tensor,
+    own: Sequence[nn.Parameter],
+    sums: GradientSums,
+    *,
+    needs_input: bool,
+    onward: Tensor | None = None,
 ) -> None:
     """Run a call again and back: its output's gradient becomes its input's; its parameters' are added up.
 
@@ -41,6 +48,7 @@ def reverse_call(
         gradient: at its output, of the same shape; overwritten by the one at its input if that is needed.
         own: the call's parameters that require gradients.
         sums: where their gradients go.
+        onward: where the call's own output goes, of the same shape; may be `hidden`, whose rows have served by then.
     """
 
     def there_and_back(forward: Forward) -> Callable[..., Tensor]:
@@ -57,6 +65,8 @@ def reverse_call(
                 if output.requires_grad:  # it may not: an adapter that is switched off
                     found = torch.autograd.grad(output, inputs, gradient[rows], allow_unused=True)
                 sums.add(own, found[: len(own)])
+                if onward is not None:
+                    onward[rows] = output.detach()
                 if needs_input:
                     # The rows of the output's gradient have served: the input's take their place.
                     gradient[rows] = 0 if (moved := found[-1]) is None else moved

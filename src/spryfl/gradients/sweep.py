@@ -187,6 +187,5 @@ class Sweep:
     def _advance(self, action: Advance) -> Tensor:
         hidden = self.kept[action.start].detach()
         for call in self.calls[action.start : action.stop]:
-            with torch.set_grad_enabled(call.stochastic):
-                hidden = hidden_of(call.again(hidden), call.layer).detach()
+            hidden = call.output_of(hidden)
         return hidden

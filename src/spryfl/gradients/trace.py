@@ -90,12 +90,15 @@ def trace(
     def recording(layer: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             hidden, call = record(layer, args, kwargs)
+            if latest and hidden is not latest[0]:
+                kind = type(layer).__name__
+                raise ModelError(f"guided tangents: {kind} is given more than the layer before it returned: {REMEDY}")
             if keep(len(found.calls)):
                 found.kept[len(found.calls)] = hidden.detach()
             found.calls.append(call)
             hidden = hidden.detach()
             del args
-            with torch.no_grad():
+            with torch.set_grad_enabled(call.stochastic):  # as `Call.output_of`
                 output = forward(hidden, *call.args, **call.kwargs)
             leaf = hidden_of(output, layer).detach().requires_grad_()
             latest[:] = [leaf]

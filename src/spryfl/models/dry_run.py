@@ -106,7 +106,7 @@ class DryRun:
         return self._cost(("differentiate", checkpointed), chunk_bytes, upper)
 
     def guided(self, horizon: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES, *, upper: bool = False) -> PassCost:
-        """A guessed gradient in every layer, each layer's input kept; the pass that takes slopes is `forward`.
+        """A guessed gradient in every layer; the pass that takes slopes is `forward`.
 
         Args:
             horizon: the last layer is passed through exactly.
@@ -210,7 +210,7 @@ class HollowModel:
         estimator.loss_and_gradient(self.model, self.loss, self.upper_names if upper else self.names)
 
     def guide(self, horizon: bool, upper: bool = False) -> None:
-        estimator = GuidedGradient(layer_calls, horizon=int(horizon))
+        estimator = GuidedGradient(layer_calls, horizon=int(horizon), slopes_per="none")
         estimator.guess_gradients(self.model, self.loss, self.upper_names if upper else self.names)
 
 
