@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from spryfl.bench.frontier import _share, run_frontier, settings_digest
-from spryfl.bench.frontier_report import as_markdown, headline, plot_frontier
+from spryfl.bench.frontier import _share, read_tuning, run_frontier, settings_digest, tune, variant_config
+from spryfl.bench.frontier_report import as_markdown, equal_accuracy, headline, plot_frontier
 from spryfl.bench.frontier_works import TASKS, VARIANTS, settings_of
-from spryfl.config import parse_config, with_overrides
+from spryfl.config import RunConfig, parse_config, with_overrides
 from spryfl.errors import SpryError
 
 
@@ -46,6 +47,7 @@ def row(task: str, estimator: str, accuracy: float, seed: int = 0, **more: Any) 
         "bytes_up": 10**6,
         "bytes_down": 10**6,
         "share_recovered": None,
+        "curve": [[0, 0.3, 0.0], [3, accuracy, 10.0]],
     } | more
 
 
@@ -71,6 +73,52 @@ def test_reports(tmp_path: Path) -> None:
     assert "| backprop | 0.750 (2 seeds), 10, 1.0 |" in headline(rows)
     plot_frontier(rows, tmp_path / "plot.png", {"snli": 500_000})
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_costs_at_equal_accuracy() -> None:
+    rows = [
+        row("snli", "backprop", 0.8, curve=[[0, 0.3, 0.0], [1, 0.5, 4.0], [2, 0.8, 8.0]]),
+        row("snli", "backprop", 0.7, seed=1, curve=[[0, 0.3, 0.0], [1, 0.5, 4.0], [2, 0.7, 8.0]]),
+        row("snli", "zeroth order", 0.4, curve=[[0, 0.3, 0.0], [2, 0.4, 20.0]]),
+        row("snli", "head alone", 0.3, curve=[[0, 0.3, 0.0], [2, 0.3, 1.0]]),  # never better than at its start
+        row("snli", "forward", 0.9, dial="K=1", seed=1, curve=[[0, 0.3, 0.0], [2, 0.9, 20.0]]),
+    ]
+    text = "\n".join(equal_accuracy(rows))
+    assert "| backprop | 0.750 | 8 |  |" in text
+    assert "| zeroth order | 0.400 | 20 | 0.20 |" in text
+    assert "| forward K=1 | 0.900 | 20 | never |" in text
+    assert "head alone" not in text
+    assert equal_accuracy(rows[2:3]) == []
+
+
+def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(
+    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, float]] = []
+
+    def run_in(config: RunConfig, folder: Path) -> SimpleNamespace:
+        folder.mkdir(parents=True)
+        assert config.data.name.endswith("/snli/train.parquet")
+        tried.append((config.label, config.server.learning_rate or 0))
+        return SimpleNamespace(test_loss=abs(config.server.learning_rate - 0.003))
+
+    monkeypatch.setattr("spryfl.bench.frontier.run_in", run_in)
+    names = ["backprop", "backprop split", "forward K=1"]
+    tuned = tune(["mnli", "snli"], names, shared_data, tmp_path, lambda text: None)
+    assert tried == [
+        ("backprop", 0.003),
+        ("backprop", 0.01),
+        ("backprop", 0.03),
+        ("forward K=1", 0.0003),
+        ("forward K=1", 0.001),
+        ("forward K=1", 0.003),
+    ]
+    assert read_tuning(tmp_path) == tuned
+    for task in ("snli", "mnli"):
+        assert variant_config(task, VARIANTS["backprop split"], shared_data, tuned, 0).server.learning_rate == 0.003
+    assert variant_config("prompted_sst2", VARIANTS["backprop"], shared_data, tuned, 0).server.learning_rate == 0.002
+    tune(["ag_news"], names, shared_data, tmp_path, lambda text: None)
+    assert len(tried) == 6  # nothing twice
 
 
 def test_rows_of_an_earlier_bench_are_not_run_again(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from spryfl.bench.frontier_works import RATES, SEEDS, TASKS, TUNING_ROUNDS, VARIANTS, Variant, settings_of
+from spryfl.bench.frontier_works import SEEDS, TASKS, TUNING_ROUNDS, VARIANTS, Variant, settings_of
 from spryfl.config import RunConfig, parse_config, with_overrides
 from spryfl.errors import SpryError, require_known
 from spryfl.run import run_in
@@ -61,27 +61,29 @@ def collect(out: Path) -> list[Row]:
 
 
 def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, say: Progress) -> dict[str, Any]:
-    """Try each learning rate of the server for a few rounds on a part of the training data; keep the best of each.
+    """Try learning rates of the server for some rounds on a part of the training data; keep that of the least loss.
 
-    Every variant that does not borrow another's rate gets the same trials.
+    Every variant that does not borrow another's rate gets as many trials; so does every task, or the one that is
+    searched for it. Losses, because accuracies of short runs are near chance.
     """
     _check(tasks, variants, data)
     tuned = read_tuning(out)
-    for task in tasks:
+    for task in dict.fromkeys(TASKS[task].tuned_on or task for task in tasks):
         for name in variants:
             variant = VARIANTS[name]
             if variant.rates_of is not None or (variant.encoder_only and not TASKS[task].has_head):
                 continue
-            trials = tuned.setdefault(task, {}).setdefault(name, {}).setdefault("accuracy", {})
-            for rate in RATES:
+            trials = tuned.setdefault(task, {}).setdefault(name, {}).setdefault("loss", {})
+            for factor in variant.factors:
+                rate = float(f"{factor * TASKS[task].rate:.1e}")
                 if str(rate) in trials:
                     continue
                 say(f"tuning {task}, {name}, server.learning_rate {rate}")
                 config = _tuning_config(task, variant, data, rate)
                 folder = out / "tuning" / task / f"{_slug(name)}-{rate}"
-                trials[str(rate)] = run_in(config, folder).accuracy
+                trials[str(rate)] = run_in(config, folder).test_loss
                 shutil.rmtree(folder)
-                tuned[task][name]["rate"] = float(max(trials, key=lambda r: (trials[r], -float(r))))
+                tuned[task][name]["rate"] = float(min(trials, key=lambda r: (trials[r], float(r))))
                 (out / TUNING_FILE).write_text(json.dumps(tuned, indent=2) + "\n", encoding="utf-8")
     return tuned
 
@@ -103,8 +105,9 @@ def _is_of(row: Row, config: RunConfig) -> bool:
 
 
 def settings_digest(config: RunConfig) -> str:
-    """Of all that a run's figures follow from and is no default: the same wherever its data lie."""
-    table = config.model_dump(mode="json", exclude_defaults=True, exclude={"label", "runtime", "compare"})
+    """Of all that a run's end follows from and is no default: the same wherever its data lie."""
+    left_out: dict[str, bool | set[str]] = {"label": True, "runtime": True, "compare": True, "evaluation": {"every"}}
+    table = config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
     for part, key in (("data", "name"), ("guide", "text")):
         if key in table.get(part, {}):
             table[part][key] = Path(table[part][key]).name
@@ -124,7 +127,11 @@ def variant_config(task: str, variant: Variant, data: Path, tuned: dict[str, Any
     Args:
         tuned: of `read_tuning`; the task's own rate where it has none.
     """
-    rate = tuned.get(task, {}).get(variant.rates_of or variant.name, {}).get("rate", TASKS[task].rate)
+    rate = (
+        tuned.get(TASKS[task].tuned_on or task, {})
+        .get(variant.rates_of or variant.name, {})
+        .get("rate", TASKS[task].rate)
+    )
     settings = settings_of(TASKS[task], variant, str(data.resolve()), rate, seed)
     return parse_config(with_overrides({}, settings | {"runtime.num_threads": 1, "label": variant.name}))
 
@@ -132,11 +139,10 @@ def variant_config(task: str, variant: Variant, data: Path, tuned: dict[str, Any
 def _tuning_config(task: str, variant: Variant, data: Path, rate: float) -> RunConfig:
     """A short run that never sees the test split: a part of train takes its place."""
     settings = settings_of(TASKS[task], variant, str(data.resolve()), rate, TUNING_SEED)
-    rounds = max(TUNING_ROUNDS, settings["server.num_rounds"] // 4)
     changed = {
         "data.name": f"{data.resolve()}/{TASKS[task].data}/train.parquet",
-        "server.num_rounds": rounds,
-        "evaluation.every": rounds,
+        "server.num_rounds": TUNING_ROUNDS,
+        "evaluation.every": TUNING_ROUNDS,
         "runtime.num_threads": 1,
     }
     return parse_config(with_overrides({}, settings | changed))

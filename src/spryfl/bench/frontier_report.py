@@ -47,7 +47,56 @@ def as_markdown(rows: Sequence[Row], stock_peaks: Mapping[str, int] = {}) -> str
                 f"| {mean(r['bytes_up'] for r in found) / 1e6:.1f} | {mean(r['bytes_down'] for r in found) / 1e6:.1f} |"
             )
         parts.append("\n".join(lines))
+        parts += equal_accuracy(own)
     return "\n\n".join(parts) + "\n"
+
+
+CONTENDERS = ("guess maps h=3, by layer", "guess maps h=3, all units", "backprop")
+
+
+def equal_accuracy(rows: Sequence[Row]) -> list[str]:
+    """One task: each estimator's best evaluation, and contenders' CPU seconds to be as good, in parts of its own.
+
+    Ratios are of sums over the seeds that both have. Seconds count up to the first evaluation that is as good: rare
+    ones are to the disadvantage of whoever learns fast. An estimator that was never better than before its first round
+    is left out.
+
+    Returns:
+        The lines of a paragraph and a table; nothing where there is no contender.
+    """
+    by_name = {name: {r["seed"]: r["curve"] for r in found} for name, found in _by_name(rows).items()}
+    present = [name for name in CONTENDERS if name in by_name]
+    lines = []
+    for name, curves in by_name.items():
+        best = {seed: max(accuracy for _, accuracy, _ in curve) for seed, curve in curves.items()}
+        spent = {seed: _seconds_to(curve, best[seed]) for seed, curve in curves.items()}
+        if not all(spent.values()):
+            continue
+        cells = [_ratio(by_name[contender], best, spent) if contender != name else "" for contender in present]
+        lines.append([name, f"{mean(best.values()):.3f}", f"{mean(filter(None, spent.values())):,.0f}", *cells])
+    if not present or not lines:
+        return []
+    heads = ["estimator", "its best accuracy", "CPU seconds", *(f"x by {contender}" for contender in present)]
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
+    return ["Client CPU seconds to be as good as each at its best:", table]
+
+
+def _seconds_to(curve: Sequence[Sequence[Any]], accuracy: float) -> float | None:
+    """Client CPU seconds of a curve of (round, accuracy, seconds) until it is as good; None if it never is."""
+    return next((seconds for _, reached, seconds in curve if reached >= accuracy), None)
+
+
+def _ratio(
+    curves: Mapping[int, Sequence[Sequence[Any]]], best: Mapping[int, float], spent: Mapping[int, float | None]
+) -> str:
+    shared = [seed for seed in best if seed in curves]
+    if not shared:
+        return ""
+    found = [_seconds_to(curves[seed], best[seed]) for seed in shared]
+    if any(seconds is None for seconds in found):
+        return "never"
+    return f"{sum(filter(None, found)) / sum(spent[seed] or 0 for seed in shared):.2f}"
 
 
 SHOWN = (
@@ -55,6 +104,7 @@ SHOWN = (
     "guess maps h=0",
     "guess maps h=3, by layer",
     "guess maps h=3, by layer, trust 2",
+    "guess maps h=3, all units",
     "backprop split",
     "backprop split by layer",
     "backprop",
@@ -72,7 +122,7 @@ def headline(rows: Sequence[Row]) -> str:
     for name in SHOWN:
         cells = []
         for own in tasks.values():
-            found = [r for r in own if f"{r['estimator']} {r['dial']}".strip() == name]
+            found = _by_name(own).get(name, [])
             peak = max((r["activation_peak_bytes"] for r in found), default=0) / 1e6
             cpu = mean(r["client_cpu_seconds"] for r in found) if found else 0.0
             seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
@@ -130,6 +180,13 @@ def plot_frontier(rows: Sequence[Row], path: Path, stock_peaks: Mapping[str, int
     figure.tight_layout(rect=(0, 0.12 / len(tasks) + 0.02, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[f"{row['estimator']} {row['dial']}".strip()].append(row)
+    return found
 
 
 def _by(rows: Sequence[Row], *keys: str) -> dict[Any, list[Row]]:

@@ -2,7 +2,7 @@
 
 Every run of a task shares clients and rounds, seed by seed; an estimator's row changes what is its own. Learning
 rates are the best of an equal search on a part of the training data (`--tune`, frontier-tuning.json), one for each
-kind of estimator: exact, guided, random directions, finite differences.
+kind of estimator: exact, guided, random directions, finite differences. A model's first task is searched for all.
 """
 
 from dataclasses import dataclass, field
@@ -12,9 +12,11 @@ Settings = dict[str, Any]
 """'part.key' = value."""
 
 SEEDS = (0, 1, 2)
-RATES = (1e-3, 3e-3, 1e-2)
-"""The server's learning rates that are tried for every estimator."""
-TUNING_ROUNDS = 10
+FACTORS = (0.3, 1.0, 3.0)
+"""The server's learning rates that are tried for every estimator, in units of the task's own."""
+NOISY_FACTORS = (0.03, 0.1, 0.3)
+"""As many for estimates that are mostly noise, of which Adam makes steps as long as of gradients."""
+TUNING_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class FrontierTask:
         public: settings of the public text that maps are fitted on; a path is below the data directory.
         has_head: whether a head is trained, so that shares count from the head alone, not from the zero-shot prompt.
         rate: the server's learning rate of all estimators where none was tuned.
+        tuned_on: the task whose search serves this one too; its own by default.
         hidden_bytes: of a hidden state of the largest batch, from which budgets are counted.
     """
 
@@ -36,6 +39,7 @@ class FrontierTask:
     has_head: bool
     hidden_bytes: int
     rate: float = 1e-2
+    tuned_on: str | None = None
 
 
 SERVER: Settings = {
@@ -74,7 +78,7 @@ SMOLLM2: Settings = SERVER | {
     "local.batch_size": 8,
     "server.num_rounds": 30,
     "server.cohort_size": 4,
-    "evaluation.every": 10,
+    "evaluation.every": 5,
     "evaluation.batch_size": 50,
 }
 PAIRS: Settings = {
@@ -90,10 +94,19 @@ TASKS: dict[str, FrontierTask] = {
         "snli", MINILM | {"data.text_columns": ["premise", "hypothesis"]}, PAIRS, True, 8 * 32 * 384 * 4
     ),
     "mnli": FrontierTask(
-        "mnli", MINILM | {"data.text_columns": ["premise", "hypothesis"]}, PAIRS, True, 8 * 32 * 384 * 4
+        "mnli",
+        MINILM | {"data.text_columns": ["premise", "hypothesis"]},
+        PAIRS,
+        True,
+        8 * 32 * 384 * 4,
+        tuned_on="snli",
     ),
-    "ag_news": FrontierTask("ag_news", MINILM | {"data.text_columns": ["text"]}, DOLLY, True, 8 * 32 * 384 * 4),
-    "sst2": FrontierTask("sst2", MINILM | {"data.text_columns": ["sentence"]}, NEWS, True, 8 * 32 * 384 * 4),
+    "ag_news": FrontierTask(
+        "ag_news", MINILM | {"data.text_columns": ["text"]}, DOLLY, True, 8 * 32 * 384 * 4, tuned_on="snli"
+    ),
+    "sst2": FrontierTask(
+        "sst2", MINILM | {"data.text_columns": ["sentence"]}, NEWS, True, 8 * 32 * 384 * 4, tuned_on="snli"
+    ),
     "prompted_sst2": FrontierTask(
         "sst2",
         SMOLLM2
@@ -119,6 +132,7 @@ TASKS: dict[str, FrontierTask] = {
         False,
         8 * 48 * 576 * 4,
         rate=2e-3,
+        tuned_on="prompted_sst2",
     ),
 }
 
@@ -132,6 +146,7 @@ class Variant:
         maps: whether it needs public text.
         budget_states: of budgeted backprop: hidden states kept.
         rates_of: the variant whose tuned learning rate it uses; its own by default.
+        factors: of the rates that are tried for it.
         encoder_only: tried with a trained head alone.
     """
 
@@ -141,6 +156,7 @@ class Variant:
     maps: bool = False
     budget_states: int | None = None
     rates_of: str | None = None
+    factors: tuple[float, ...] = FACTORS
     encoder_only: bool = False
 
     @property
@@ -153,6 +169,8 @@ MAPS: Settings = GUIDED | {"guide.guess": "maps", "guide.check_every": 5, "guide
 GUESS: Settings = MAPS | {"guide.slopes": "none"}
 BY_LAYER: Settings = {"method.deal": "layer"}
 """A client gets all adapted modules of a layer, at no more than one layer's backward pass: twice the rows a unit."""
+ALL_UNITS: Settings = {"method.name": "fedyogi", "method.estimator": "guided"}
+"""A client guesses for all of them, as it would back-propagate through all of them."""
 CHECKPOINTED: Settings = {"method.checkpointing": "per_layer"}
 
 
@@ -184,6 +202,9 @@ VARIANTS: dict[str, Variant] = {
         _guess("h=3, by layer", BY_LAYER | {"guide.horizon": 3}),
         _guess("h=3, by layer, trust 2", BY_LAYER | {"guide.horizon": 3, "guide.trust": 2.0}),
         _guess("h=3, by layer, rank 4", BY_LAYER | {"guide.horizon": 3, "guide.rank": 4}),
+        _guess("h=3, all units", ALL_UNITS | {"guide.horizon": 3}),
+        _guess("h=3, all units, trust 2", ALL_UNITS | {"guide.horizon": 3, "guide.trust": 2.0}),
+        _guess("h=3, all units, rank 4", ALL_UNITS | {"guide.horizon": 3, "guide.rank": 4}),
         _guess("h=0, by layer, trust 2", BY_LAYER | {"guide.trust": 2.0}),
         Variant(
             "backprop split",
@@ -191,8 +212,8 @@ VARIANTS: dict[str, Variant] = {
             {"method.name": "fedyogi_split"} | CHECKPOINTED | BY_LAYER,
             rates_of="backprop",
         ),
-        Variant("forward", "K=1", {"method.name": "spry"}),
-        Variant("zeroth order", "", {"method.name": "fedmezo"}),
+        Variant("forward", "K=1", {"method.name": "spry"}, factors=NOISY_FACTORS),
+        Variant("zeroth order", "", {"method.name": "fedmezo"}, factors=NOISY_FACTORS),
         _guess("h=1", {"guide.horizon": 1}),
         _guess("h=2", {"guide.horizon": 2}),
         Variant(
