@@ -99,19 +99,19 @@ def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(
     def run_in(config: RunConfig, folder: Path) -> SimpleNamespace:
         folder.mkdir(parents=True)
         assert config.data.name.endswith("/snli/train.parquet")
-        tried.append((config.label, config.server.learning_rate or 0))
+        tried.append((config.method.name, config.server.learning_rate or 0))
         return SimpleNamespace(test_loss=abs(config.server.learning_rate - 0.003))
 
     monkeypatch.setattr("spryfl.bench.frontier.run_in", run_in)
     names = ["backprop", "backprop split", "forward K=1"]
     tuned = tune(["mnli", "snli"], names, shared_data, tmp_path, lambda text: None)
     assert tried == [
-        ("backprop", 0.003),
-        ("backprop", 0.01),
-        ("backprop", 0.03),
-        ("forward K=1", 0.0003),
-        ("forward K=1", 0.001),
-        ("forward K=1", 0.003),
+        ("fedyogi", 0.003),
+        ("fedyogi", 0.01),
+        ("fedyogi", 0.03),
+        ("spry", 0.0003),
+        ("spry", 0.001),
+        ("spry", 0.003),
     ]
     assert read_tuning(tmp_path) == tuned
     for task in ("snli", "mnli"):
