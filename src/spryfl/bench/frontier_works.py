@@ -169,7 +169,7 @@ MAPS: Settings = GUIDED | {"guide.guess": "maps", "guide.check_every": 5, "guide
 GUESS: Settings = MAPS | {"guide.slopes": "none"}
 BY_LAYER: Settings = {"method.deal": "layer"}
 """A client gets all adapted modules of a layer, at no more than one layer's backward pass: twice the rows a unit."""
-ALL_UNITS: Settings = {"method.name": "fedyogi", "method.estimator": "guided"}
+ALL_UNITS: Settings = {"method.name": "fedyogi_guided"}
 """A client guesses for all of them, as it would back-propagate through all of them."""
 CHECKPOINTED: Settings = {"method.checkpointing": "per_layer"}
 
@@ -204,6 +204,8 @@ VARIANTS: dict[str, Variant] = {
         _guess("h=3, by layer, rank 4", BY_LAYER | {"guide.horizon": 3, "guide.rank": 4}),
         _guess("h=3, all units", ALL_UNITS | {"guide.horizon": 3}),
         _guess("h=3, all units, trust 2", ALL_UNITS | {"guide.horizon": 3, "guide.trust": 2.0}),
+        _guess("h=0, all units", ALL_UNITS),
+        _guess("h=1, all units", ALL_UNITS | {"guide.horizon": 1}),
         _guess("h=3, all units, rank 4", ALL_UNITS | {"guide.horizon": 3, "guide.rank": 4}),
         _guess("h=0, by layer, trust 2", BY_LAYER | {"guide.trust": 2.0}),
         Variant(

@@ -72,6 +72,14 @@ METHODS: dict[str, Method] = {
     "spry_guided": Method(
         "guided", "split", "values", "epoch", "yogi", "Spry along guessed gradients instead of random directions"
     ),
+    "fedyogi_guided": Method(
+        "guided",
+        "all",
+        "values",
+        "epoch",
+        "yogi",
+        "FedYogi along guessed gradients: all units, one layer's activations",
+    ),
     "fedfgd": Method("forward", "all", "values", "epoch", "yogi", "forward gradients without splitting"),
     "fedavg": Method("backprop", "all", "values", "epoch", "sgd", "FedAvg (McMahan et al. 2017)"),
     "fedyogi": Method("backprop", "all", "values", "epoch", "yogi", "FedYogi (Reddi et al. 2021)"),
