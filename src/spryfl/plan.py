@@ -7,7 +7,7 @@ the passes themselves (`models.dry_run`), weights from the configuration's shape
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import isqrt
+from math import ceil, isqrt
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from spryfl.models.dry_run import DryRun, Work
 from spryfl.models.weights import PACKED, Precision, WeightBytes, count_weights
 
 VALUE_BYTES = 4  # values and slopes travel in float32
+GUESSABLE = ("classification", "prompted")
+"""Tasks whose loss sits on one token, for which backward maps are fitted."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Plan:
         among = "of all" if budget is None else "that fits"
         exact = f"it has the fastest exact gradient {among}"
         why = {
-            "forward": f"no exact gradient fits, and it is the fastest forward gradient {among}",
-            "zeroth_order": "neither an exact nor a forward gradient fits",
+            "guided": f"no exact gradient fits, and it is the fastest guess of one {among}",
+            "forward": f"neither an exact nor a guessed gradient fits, and it is the fastest forward gradient {among}",
+            "zeroth_order": "no exact, guessed or forward gradient fits",
         }.get(row.estimator, exact)
         if row.streamed:
             why += ", though its weights are read from disk at every step"
@@ -160,6 +163,8 @@ class Predictor:
                 continue  # every call of a shared layer would read it again, to save nothing
             yield self._row("inference", streamed, self._inference.peak_at(self.depth), 1.0, visits=1)
             yield self._forward(streamed)
+            if self.request.task in GUESSABLE and self.depth > 1:
+                yield self._guided(streamed)
             if self.precision != "bfloat16":  # in whose rounding finite differences drown
                 yield self._zeroth_order(streamed)
             plain = self.dry.backprop(False)
@@ -177,6 +182,18 @@ class Predictor:
         if self.request.cohort_size > 1 and not self.weights.shared:  # some clients begin above the first layer
             peak = max(peak, self.dry.forward(k, upper=True).peak_at(self.depth))
         return self._row("forward", streamed, peak, self._mean_time(cost), visits=1)
+
+    def _guided(self, streamed: bool) -> Prediction:
+        """The guess as it is, from the last hidden state; units are dealt by layer."""
+        guess, inference = self.dry.guided(), self._inference.flops_at(self.depth)
+        own = ceil(self.depth / min(self.request.cohort_size, self.depth))
+        time = 1 + own / self.depth * (guess.flops_at(self.depth) - inference) / self._basis
+        again = ((own - 1) * self.request.cohort_size + 1) / self.depth  # from its lowest layer up to its highest
+        peak = guess.peak_at(self.depth)
+        if self.request.cohort_size > 1 and not self.weights.shared:
+            peak = max(peak, self.dry.guided(upper=True).peak_at(self.depth))
+        note = "guesses from the last hidden state; maps come down too"
+        return self._row("guided", streamed, peak, time, visits=1 + min(1.0, again), note=note)
 
     def _zeroth_order(self, streamed: bool) -> Prediction:
         dry = self._dry_runs.of(self.precision, torch.float32)

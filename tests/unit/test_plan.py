@@ -108,7 +108,7 @@ def plan() -> Plan:
 
 def test_a_plan_names_every_way(plan: Plan) -> None:
     ways = {(r.estimator, r.precision, r.streamed) for r in plan.rows}
-    assert len(ways) == len(plan.rows) == 46
+    assert len(ways) == len(plan.rows) == 54
     assert ("backprop", "nf4", True) in ways
     assert ("zeroth_order", "bfloat16", False) not in ways
     assert plan.recommended is not None
@@ -137,6 +137,22 @@ def test_what_lies_below_a_clients_units_costs_inference(plan: Plan) -> None:
             assert 1 < ours.relative_time < theirs.relative_time
     times = {r.estimator: r.relative_time for r in alone.rows}
     assert times["zeroth_order"] == 6
+
+
+def test_a_guess_takes_what_forward_mode_takes_and_is_recommended_where_nothing_exact_fits(plan: Plan) -> None:
+    rows = {r.estimator: r for r in plan.rows if (r.precision, r.streamed) == ("float32", False)}
+    guess, checkpointed = rows["guided"], rows["backprop_checkpointed"]
+    assert rows["inference"].activation_bytes <= guess.activation_bytes < 0.9 * checkpointed.activation_bytes
+    assert 1 < guess.relative_time < checkpointed.relative_time  # each of 4 clients has 2 of 6 layers at most
+    alone = make_plan(replace(plan.request, cohort_size=1))
+    whole = {r.estimator: r for r in alone.rows if (r.precision, r.streamed) == ("float32", False)}
+    assert whole["guided"].relative_time == pytest.approx(whole["backprop_checkpointed"].relative_time, rel=0.15)
+    others = [r for r in alone.rows if r.estimator in ("guided", "forward", "zeroth_order")]
+    chosen = recommend(others, None, plan.request.precisions)
+    assert chosen is not None
+    assert chosen.estimator == "guided"
+    words = replace(plan.request, task="language_model")
+    assert "guided" not in {r.estimator for r in make_plan(words).rows}
 
 
 def test_streaming_and_budgets_take_less(plan: Plan) -> None:

@@ -39,7 +39,7 @@ def run_frontier(
     for seed in seeds:
         for task in tasks:
             for name in variants:
-                if VARIANTS[name].encoder_only and not TASKS[task].has_head:
+                if not VARIANTS[name].suits(TASKS[task]):
                     continue
                 config = variant_config(task, VARIANTS[name], data, tuned, seed)
                 row = kept.get((task, name, seed))
@@ -71,7 +71,7 @@ def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, s
     for task in dict.fromkeys(TASKS[task].tuned_on or task for task in tasks):
         for name in variants:
             variant = VARIANTS[name]
-            if variant.rates_of is not None or (variant.encoder_only and not TASKS[task].has_head):
+            if variant.rates_of is not None or not variant.suits(TASKS[task]):
                 continue
             trials = tuned.setdefault(task, {}).setdefault(name, {}).setdefault("loss", {})
             for factor in variant.factors:

@@ -6,7 +6,7 @@ kind of estimator: exact, guided, random directions, finite differences. A model
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Settings = dict[str, Any]
 """'part.key' = value."""
@@ -147,7 +147,7 @@ class Variant:
         budget_states: of budgeted backprop: hidden states kept.
         rates_of: the variant whose tuned learning rate it uses; its own by default.
         factors: of the rates that are tried for it.
-        encoder_only: tried with a trained head alone.
+        only: where it is tried, if not on every task: with a trained head, or prompted.
     """
 
     estimator: str
@@ -157,11 +157,14 @@ class Variant:
     budget_states: int | None = None
     rates_of: str | None = None
     factors: tuple[float, ...] = FACTORS
-    encoder_only: bool = False
+    only: Literal["head", "prompted"] | None = None
 
     @property
     def name(self) -> str:
         return f"{self.estimator} {self.dial}".strip()
+
+    def suits(self, task: FrontierTask) -> bool:
+        return self.only is None or (self.only == "head") == task.has_head
 
 
 GUIDED: Settings = {"method.name": "spry_guided"}
@@ -174,17 +177,15 @@ ALL_UNITS: Settings = {"method.name": "fedyogi_guided"}
 CHECKPOINTED: Settings = {"method.checkpointing": "per_layer"}
 
 
-def _guess(dial: str, settings: Settings) -> Variant:
+def _guess(dial: str, settings: Settings, only: Literal["head", "prompted"] | None = None) -> Variant:
     """The guess alone, at another setting of its dial."""
-    return Variant("guess maps", dial, GUESS | settings, maps=True, rates_of="guess maps h=0")
+    return Variant("guess maps", dial, GUESS | settings, maps=True, rates_of="guess maps h=0", only=only)
 
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant(
-            "head alone", "", {"method.name": "fedyogi", "adapter.kind": "head"}, rates_of="backprop", encoder_only=True
-        ),
+        Variant("head alone", "", {"method.name": "fedyogi", "adapter.kind": "head"}, rates_of="backprop", only="head"),
         Variant("backprop", "", {"method.name": "fedyogi"} | CHECKPOINTED),
         Variant("backprop split", "", {"method.name": "fedyogi_split"} | CHECKPOINTED, rates_of="backprop"),
         Variant(
@@ -207,6 +208,7 @@ VARIANTS: dict[str, Variant] = {
         _guess("h=0, all units", ALL_UNITS),
         _guess("h=1, all units", ALL_UNITS | {"guide.horizon": 1}),
         _guess("h=3, all units, rank 4", ALL_UNITS | {"guide.horizon": 3, "guide.rank": 4}),
+        _guess("h=8, all units, rank 8", ALL_UNITS | {"guide.horizon": 8, "guide.rank": 8}, only="prompted"),
         _guess("h=0, by layer, trust 2", BY_LAYER | {"guide.trust": 2.0}),
         Variant(
             "backprop split",
@@ -234,7 +236,7 @@ VARIANTS: dict[str, Variant] = {
             "K=1",
             {"method.name": "spry", "method.exact_head": True},
             rates_of="forward K=1",
-            encoder_only=True,
+            only="head",
         ),
         Variant("forward", "K=8", {"method.name": "spry", "method.num_tangents": 8}, rates_of="forward K=1"),
         Variant(
@@ -242,7 +244,7 @@ VARIANTS: dict[str, Variant] = {
             "K=1",
             {"method.name": "spry_bottleneck", "adapter.frozen": "b", "method.exact_head": True},
             rates_of="forward K=1",
-            encoder_only=True,
+            only="head",
         ),
         Variant("guided maps, momentum", "h=0", MAPS | {"guide.momentum": True}, maps=True, rates_of="guess maps h=0"),
         Variant(
@@ -258,7 +260,7 @@ VARIANTS: dict[str, Variant] = {
                 "method.exact_head": True,
             },
             rates_of="forward K=1",
-            encoder_only=True,
+            only="head",
         ),
     )
 }
