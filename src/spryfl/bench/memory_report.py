@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from spryfl.bench.works import WORKS
+
 Row = dict[str, Any]
 MB = 1e6
 CPU = "cpu_seconds_per_step"
@@ -135,9 +137,10 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def _times(rows: Sequence[Row]) -> list[str]:
-    """A line for each work that was timed several times over."""
+    """A line for each work whose steps are timed apart from metered ones."""
     lines = []
-    for work in dict.fromkeys(row["work"] for row in rows if row.get("repeats", 1) > 1):
+    timed = {name for name, work in WORKS.items() if work.timed_apart}
+    for work in dict.fromkeys(row["work"] for row in rows if row["work"] in timed):
         known = {r["estimator"]: r for r in rows if r["work"] == work and _is_standard(r) and CPU in r}
         if "inference" not in known:
             continue
