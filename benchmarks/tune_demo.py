@@ -1,6 +1,6 @@
 """The learning rates of the demo: an equal search for each of its methods.
 
-    python benchmarks/tune_demo.py METHOD     # spry_guided, spry, fedyogi or fedmezo; resumable, about 15 minutes each
+    python benchmarks/tune_demo.py METHOD     # fedyogi_guided, fedadam, spry or fedmezo; resumable
 
 Twelve trials a method, on a validation part cut from train (the test split is never looked at), with the
 demo's other settings and 15 rounds (the demo stops at 10 to keep to its five minutes). Each trial is one line
@@ -36,11 +36,11 @@ MEAN_GRID = [
     }.items()
     for rate in rates
 ]
-GUIDED_GRID = [
+ADAM_GRID = [
     {"local.learning_rate": local, "server.learning_rate": server}
     for server, local in itertools.product((1e-2, 3e-3, 3e-2), (0.1, 0.03, 0.3, 1.0))
 ]
-GRIDS = {"spry_guided": GUIDED_GRID, "spry": YOGI_GRID, "fedyogi": YOGI_GRID, "fedmezo": MEAN_GRID}
+GRIDS = {"fedyogi_guided": ADAM_GRID, "fedadam": ADAM_GRID, "spry": YOGI_GRID, "fedmezo": MEAN_GRID}
 
 
 def training_rows(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from spryfl.config import RunConfig
 from spryfl.federated.choosing import Calibration, Candidate, Choice, choose
 from spryfl.federated.fitting import PassSettings
 from spryfl.gradients.guesses import NUM_POSITIONS
-from spryfl.gradients.guided import SlopesPer
+from spryfl.gradients.kinds import SlopesPer
 from spryfl.gradients.progress import EXACT, forward_cosine, guided_cosine, identity_cosine
 from spryfl.gradients.revolve import num_advances
 from spryfl.gradients.tangents import tangent_groups
@@ -122,8 +122,8 @@ class ClientChoice:
             if self._whole - horizon - 1 <= lowest:
                 break
             yield self._guided_with(budget, units, horizon, "none")
-            if guide.slopes != "none":
-                yield self._guided_with(budget, units, horizon, guide.slopes)
+            if self.config.own_slopes != "none":
+                yield self._guided_with(budget, units, horizon, self.config.own_slopes)
 
     def _guided_with(self, budget: int | None, units: Sequence[str], horizon: int, slopes: SlopesPer) -> Candidate:
         dry, depth, state = self.memory.dry, self.memory.depth(units), self.memory.dry.work.state_bytes

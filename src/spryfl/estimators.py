@@ -20,7 +20,7 @@ ESTIMATORS: dict[str, Callable[[RunConfig], GradientEstimator]] = {
     "bottleneck": lambda config: BottleneckGradient(config.method.own_num_tangents),
     "zeroth_order": lambda config: ZerothOrder(config.method.own_num_tangents, config.method.own_step_size),
     "guided": lambda config: GuidedGradient(
-        layer_calls, horizon=config.guide.horizon, slopes_per=config.guide.slopes, explore=config.guide.explore
+        layer_calls, horizon=config.guide.horizon, slopes_per=config.own_slopes, explore=config.guide.explore
     ),
     "backprop": lambda config: Backprop(config.method.checkpointing, layer_calls, config.method.budget),
 }

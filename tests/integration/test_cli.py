@@ -147,7 +147,7 @@ def test_init_gives_a_file_that_runs(
     assert spry(monkeypatch, "init", "my.toml") == 0
     from spryfl.config import load_config
 
-    assert load_config(tmp_path / "my.toml").method.name == "spry_guided"
+    assert load_config(tmp_path / "my.toml").method.name == "fedyogi_guided"
     assert spry(monkeypatch, "init", "my.toml") == 2
     assert "exists already" in capsys.readouterr().err
 

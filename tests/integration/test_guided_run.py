@@ -285,6 +285,8 @@ def test_a_map_file_that_is_none(
         ({"guide": {"guess": "maps"}}, "needs maps .* or text"),
         ({"guide": {"text": "x.txt"}}, "belong to guess = 'maps'"),
         ({"guide": {"momentum": True}, "server": {"optimizer": "sgd"}}, "keeps no momentum"),
+        ({"guide": {"momentum": True, "slopes": "none"}}, "needs slopes along what it adds"),
+        ({"method": {"name": "fedyogi_guided"}, "guide": {"explore": True}}, "guide.explore needs slopes"),
         ({"method": {"name": "spry_guided", "upload": "slopes"}}, "directions are not drawn from a seed"),
         ({"method": {"name": "spry_per_iteration", "exact_head": True}}, "cannot be rebuilt from slopes"),
         ({"guide": {"horizont": 1}}, "Did you mean 'horizon'"),

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from spryfl.config.part import Part, Positive, PositiveFloat, Size
 from spryfl.errors import nearest
 from spryfl.federated.method import METHODS, Estimator
-from spryfl.gradients.kinds import Distribution, TangentsPer
+from spryfl.gradients.kinds import Distribution, SlopesPer, TangentsPer
 
 NOT_OF_SLOPES: dict[str, str] = {
     "backprop": "directions are not drawn from a seed",
@@ -127,8 +127,10 @@ class GuideConfig(Part):
 
     guess: Literal["identity", "maps"] = Field("identity", description="what the layers between count as")
     horizon: int = Field(0, ge=0, description="layers, from the top, that are back-propagated through exactly")
-    slopes: Literal["none", "step", "unit", "tensor"] = Field(
-        "unit", description="one slope a step, a unit or a tensor; none takes the guess as it is, for a pass less"
+    slopes: SlopesPer | None = Field(
+        None,
+        description="one slope a step, a unit or a tensor; none takes the guess as it is, for a pass less; unit by "
+        "default, none where every client trains all units",
     )
     explore: bool = Field(False, description="add a random tangent orthogonal to the guess: unbiased, noisier")
     momentum: bool = Field(False, description="take the slope along the server's momentum too")

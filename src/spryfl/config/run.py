@@ -12,6 +12,7 @@ from spryfl.config.privacy import NOT_OF_EXAMPLES, PrivacyConfig
 from spryfl.config.training import ClientsConfig, EvaluationConfig, LocalConfig, RuntimeConfig, ServerConfig
 from spryfl.errors import nearest
 from spryfl.federated.method import METHODS
+from spryfl.gradients.kinds import SlopesPer
 
 
 class CompareConfig(Part):
@@ -42,6 +43,11 @@ class RunConfig(Part):
     runtime: RuntimeConfig = RuntimeConfig()
     compare: tuple[CompareConfig, ...] = ()
 
+    @property
+    def own_slopes(self) -> SlopesPer:
+        """What was asked for; else one a unit, or none where they are all of them: a tangent each is too many."""
+        return self.guide.slopes or ("none" if METHODS[self.method.name].assignment == "all" else "unit")
+
     @model_validator(mode="after")
     def _cohort_fits(self) -> "RunConfig":
         if self.partition.kind != "column" and self.server.cohort_size > self.partition.num_clients:
@@ -52,6 +58,9 @@ class RunConfig(Part):
         server = self.server.optimizer or METHODS[self.method.name].server
         if self.guide.momentum and server == "sgd":
             raise ValueError("guide.momentum: server.optimizer = 'sgd' keeps no momentum; choose 'yogi' or 'adam'")
+        for key in ("explore", "momentum"):
+            if getattr(self.guide, key) and self.own_slopes == "none":
+                raise ValueError(f"guide.{key} needs slopes along what it adds: set guide.slopes = 'step' or 'unit'")
         if self.guide.trust > 0 and self.method.own_estimator != "guided":
             raise ValueError(
                 f"guide.trust = {self.guide.trust:g} scales steps along guesses, and estimator "

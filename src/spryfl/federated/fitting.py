@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from spryfl.gradients.backprop import Checkpointing
-from spryfl.gradients.guided import SlopesPer
+from spryfl.gradients.kinds import SlopesPer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ differentiated as it is passed. Whatever their number, the first pass keeps one 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,11 @@ from spryfl.gradients.backprop import only_requiring_grad
 from spryfl.gradients.estimator import GradientEstimate, Loss
 from spryfl.gradients.forward import loss_and_slopes
 from spryfl.gradients.guesses import Guess, MapGuess, identity, maps_from
+from spryfl.gradients.kinds import SlopesPer
 from spryfl.gradients.reverse import GradientSums, reverse_call
 from spryfl.gradients.tangents import Draw
 from spryfl.gradients.trace import REMEDY, Trace, trace
 
-SlopesPer = Literal["none", "step", "unit", "tensor"]
 Directions = dict[str, Tensor]
 """By parameter name: (directions, *the parameter's shape), float32 on the CPU."""
 

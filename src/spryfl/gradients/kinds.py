@@ -4,3 +4,4 @@ from typing import Literal
 
 Distribution = Literal["gaussian", "rademacher", "orthogonal", "coordinate"]
 TangentsPer = Literal["step", "unit", "tensor"]
+SlopesPer = Literal["none", "step", "unit", "tensor"]

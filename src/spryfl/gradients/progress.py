@@ -16,8 +16,7 @@ smaller where K is small, by a factor sqrt(2 / pi) at K = 1, as slopes then diff
 from collections.abc import Sequence
 from math import sqrt
 
-from spryfl.gradients.guided import SlopesPer
-from spryfl.gradients.kinds import Distribution
+from spryfl.gradients.kinds import Distribution, SlopesPer
 from spryfl.gradients.tangents import SPREADS
 
 EXACT = 1.0
