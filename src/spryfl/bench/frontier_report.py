@@ -51,7 +51,7 @@ def as_markdown(rows: Sequence[Row], stock_peaks: Mapping[str, int] = {}) -> str
     return "\n\n".join(parts) + "\n"
 
 
-CONTENDERS = ("guess maps h=3, by layer", "guess maps h=3, all units", "backprop")
+CONTENDERS = ("guess maps h=3, by layer", "guess maps h=3, all units", "guess maps h=8, all units, rank 8", "backprop")
 
 
 def equal_accuracy(rows: Sequence[Row]) -> list[str]:
@@ -105,6 +105,8 @@ SHOWN = (
     "guess maps h=3, by layer",
     "guess maps h=3, by layer, trust 2",
     "guess maps h=3, all units",
+    "guess maps h=3, all units, rank 4",
+    "guess maps h=8, all units, rank 8",
     "backprop split",
     "backprop split by layer",
     "backprop",
@@ -148,24 +150,27 @@ def plot_frontier(rows: Sequence[Row], path: Path, stock_peaks: Mapping[str, int
     if not tasks:
         return
     figure, axes = pyplot.subplots(len(tasks), 2, figsize=(11, 3.6 * len(tasks)), squeeze=False)
-    estimators = list(dict.fromkeys(row["estimator"] for row in rows))
-    colours = {name: f"C{i}" if i < 10 else pyplot.cm.tab20(i) for i, name in enumerate(estimators)}
+    curves = list(dict.fromkeys(_curve_of(row)[0] for row in rows))
+    colours = {name: pyplot.get_cmap("tab20")(i % 20) for i, name in enumerate(curves)}
     quantities = (
         ("activation_peak_bytes", 1e6, "activation peak (MB)"),
         ("client_cpu_seconds", 1, "client CPU seconds"),
     )
     for line, (task, own) in zip(axes, tasks.items(), strict=True):
         for axis, (key, unit, label) in zip(line, quantities, strict=True):
-            for name, found in _by(own, "estimator").items():
+            for name in curves:
+                found = [row for row in own if _curve_of(row)[0] == name]
                 points = sorted(
-                    (mean(r[key] for r in same) / unit, mean(r["accuracy"] for r in same), same[0]["dial"])
+                    (mean(r[key] for r in same) / unit, mean(r["accuracy"] for r in same), _curve_of(same[0])[1])
                     for same in _by(found, "dial").values()
                 )
+                if not points:
+                    continue
                 axis.plot(
                     [p[0] for p in points], [p[1] for p in points], "o-", color=colours[name], label=name, markersize=4
                 )
                 for x, y, dial in points:
-                    if len(points) > 1:
+                    if dial:
                         axis.annotate(dial, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
             if key == "activation_peak_bytes" and task in stock_peaks:
                 axis.axvline(ALLOWED * stock_peaks[task] / unit, color="grey", linestyle=":", linewidth=1)
@@ -180,6 +185,13 @@ def plot_frontier(rows: Sequence[Row], path: Path, stock_peaks: Mapping[str, int
     figure.tight_layout(rect=(0, 0.12 / len(tasks) + 0.02, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _curve_of(row: Row) -> tuple[str, str]:
+    """(the curve it is a point of, what its dial says beside): how units are dealt makes a curve of its own."""
+    dealt = [part for part in row["dial"].split(", ") if part in ("by layer", "all units")]
+    rest = [part for part in row["dial"].split(", ") if part not in dealt]
+    return ", ".join([row["estimator"], *dealt]), ", ".join(rest)
 
 
 def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
