@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import spry
+from transformers import T5Config
 
 CAPTURED = pytest.CaptureFixture[str]
 
@@ -77,3 +78,14 @@ def test_models_that_are_not_there(monkeypatch: pytest.MonkeyPatch, capsys: CAPT
     assert "Did you mean 'llama2-7b'" in capsys.readouterr().err
     assert spry(monkeypatch, "plan", "./nowhere") == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("plan",), ("check",), ("check", "--task", "prompted")])
+def test_an_encoder_with_a_decoder_is_refused(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: CAPTURED, tmp_path: Path
+) -> None:
+    T5Config(d_model=32, num_layers=2, num_heads=2, d_ff=64, d_kv=16, vocab_size=50).save_pretrained(tmp_path)
+    assert spry(monkeypatch, *command, tmp_path) == 2
+    told = capsys.readouterr().err
+    assert "t5 has an encoder and a decoder" in told
+    assert told.count("\n") == 1

@@ -63,6 +63,11 @@ def require_class(config: Any, name: str, task: TaskKind) -> None:
 
     Transformers makes a "causal" BERT too, which sees the whole text and never learned to go on with it.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name}: {config.model_type} has an encoder and a decoder, which no task here trains: take an encoder, "
+            "such as BERT, or a decoder, such as Llama"
+        )
     made = MODEL_CLASSES[task]
     if made.auto.__name__ in (getattr(config, "auto_map", None) or {}) or task == "classification":
         return
@@ -82,8 +87,6 @@ def require_class(config: Any, name: str, task: TaskKind) -> None:
 
 def _is_causal(config: Any) -> bool:
     """By its attention modules, as configurations of decoders may say `is_decoder = False` (GPT-NeoX)."""
-    if getattr(config, "is_encoder_decoder", False):
-        return False
     with quietly(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return {getattr(module, "is_causal", None) for module in model.modules()} != {None, False}
