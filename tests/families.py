@@ -100,6 +100,24 @@ def build(
     return model
 
 
+def drop_half(model: nn.Module) -> None:
+    """Dropout of one half in every dropout module."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+            module.train()
+
+
+def dropping_loss(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
+    """`batch_loss` with the same dropout masks each time."""
+
+    def loss(model: nn.Module) -> Tensor:
+        torch.manual_seed(3)
+        return batch_loss(batch)(model)
+
+    return loss
+
+
 def _rms_norm(module: nn.Module, hidden: Tensor) -> Tensor:
     """Transformers' RMS norms compute in float32 whatever they are given; here float64 stays float64."""
     offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0

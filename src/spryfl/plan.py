@@ -187,13 +187,13 @@ class Predictor:
         """The guess as it is, from the last hidden state; units are dealt by layer."""
         guess, inference = self.dry.guided(), self._inference.flops_at(self.depth)
         own = ceil(self.depth / min(self.request.cohort_size, self.depth))
-        time = 1 + own / self.depth * (guess.flops_at(self.depth) - inference) / self._basis
-        again = ((own - 1) * self.request.cohort_size + 1) / self.depth  # from its lowest layer up to its highest
+        again = min(self.depth, (own - 1) * self.request.cohort_size + 1)  # layers, from its lowest up to its highest
+        time = 1 + (own * (guess.flops_at(self.depth) - inference) / self._basis + again - own) / self.depth
         peak = guess.peak_at(self.depth)
         if self.request.cohort_size > 1 and not self.weights.shared:
             peak = max(peak, self.dry.guided(upper=True).peak_at(self.depth))
         note = "guesses from the last hidden state; maps come down too"
-        return self._row("guided", streamed, peak, time, visits=1 + min(1.0, again), note=note)
+        return self._row("guided", streamed, peak, time, visits=1 + again / self.depth, note=note)
 
     def _zeroth_order(self, streamed: bool) -> Prediction:
         dry = self._dry_runs.of(self.precision, torch.float32)

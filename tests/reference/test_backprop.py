@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import DECODERS, FAMILIES, autograd_gradient, batch_loss, build, padded_batch, trainable
+from families import (
+    DECODERS,
+    FAMILIES,
+    autograd_gradient,
+    batch_loss,
+    build,
+    drop_half,
+    dropping_loss,
+    padded_batch,
+    trainable,
+)
 from spryfl.errors import ConfigError, ModelError
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.backprop import Backprop
@@ -143,16 +153,8 @@ def test_a_shared_layer_is_recorded_call_by_call() -> None:
 
 @pytest.mark.parametrize("budget", [None, 1, 3])
 def test_dropout_draws_the_same_masks_again(budget: int | None) -> None:
-    model, batch = deep("bert"), padded_batch()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.5
-            module.train()
-
-    def loss(model: nn.Module) -> Tensor:
-        torch.manual_seed(3)
-        return batch_loss(batch)(model)
-
+    model, loss = deep("bert"), dropping_loss(padded_batch())
+    drop_half(model)
     with torch.random.fork_rng():
         assert_exact(model, loss, trainable(model), sweeping(budget))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import autograd_gradient, batch_loss, build, padded_batch, trainable
+from families import autograd_gradient, batch_loss, build, drop_half, dropping_loss, padded_batch, trainable
 from spryfl.errors import ModelError
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.backprop import Backprop
@@ -122,16 +122,8 @@ def test_memory_does_not_grow_with_the_layers_that_are_guessed_for(slopes: str) 
 
 def test_dropout_draws_the_same_masks_again() -> None:
     """Passed through exactly, row by row, with the masks of the pass that gave the loss."""
-    model, batch = build("bert", layers=3), padded_batch()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.5
-            module.train()
-
-    def loss(model: nn.Module) -> Tensor:
-        torch.manual_seed(3)
-        return batch_loss(batch)(model)
-
+    model, loss = build("bert", layers=3), dropping_loss(padded_batch())
+    drop_half(model)
     with torch.random.fork_rng(), chunks_of(1):
         names = trainable(model)
         exact = autograd_gradient(model, loss, names)
