@@ -69,11 +69,11 @@ def equal_accuracy(rows: Sequence[Row]) -> list[str]:
     lines = []
     for name, curves in by_name.items():
         best = {seed: max(accuracy for _, accuracy, _ in curve) for seed, curve in curves.items()}
-        spent = {seed: _seconds_to(curve, best[seed]) for seed, curve in curves.items()}
-        if not all(spent.values()):
+        spent = {seed: _seconds_to(curve, best[seed]) or 0.0 for seed, curve in curves.items()}
+        if 0.0 in spent.values():
             continue
         cells = [_ratio(by_name[contender], best, spent) if contender != name else "" for contender in present]
-        lines.append([name, f"{mean(best.values()):.3f}", f"{mean(filter(None, spent.values())):,.0f}", *cells])
+        lines.append([name, f"{mean(best.values()):.3f}", f"{mean(spent.values()):,.0f}", *cells])
     if not present or not lines:
         return []
     heads = ["estimator", "its best accuracy", "CPU seconds", *(f"x by {contender}" for contender in present)]
@@ -87,16 +87,13 @@ def _seconds_to(curve: Sequence[Sequence[Any]], accuracy: float) -> float | None
     return next((seconds for _, reached, seconds in curve if reached >= accuracy), None)
 
 
-def _ratio(
-    curves: Mapping[int, Sequence[Sequence[Any]]], best: Mapping[int, float], spent: Mapping[int, float | None]
-) -> str:
+def _ratio(curves: Mapping[int, Sequence[Sequence[Any]]], best: Mapping[int, float], spent: Mapping[int, float]) -> str:
     shared = [seed for seed in best if seed in curves]
     if not shared:
         return ""
     found = [_seconds_to(curves[seed], best[seed]) for seed in shared]
-    if any(seconds is None for seconds in found):
-        return "never"
-    return f"{sum(filter(None, found)) / sum(spent[seed] or 0 for seed in shared):.2f}"
+    known = [seconds for seconds in found if seconds is not None]
+    return "never" if len(known) < len(found) else f"{sum(known) / sum(spent[seed] for seed in shared):.2f}"
 
 
 SHOWN = (
