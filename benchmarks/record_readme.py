@@ -1,8 +1,8 @@
-"""Put the measured tables into the README, between their markers.
+"""Put the measured tables into the README and that of docs/results, between their markers.
 
     python benchmarks/record_readme.py
 
-Reads docs/results/{memory,frontier}.json; tests/integration/test_readme.py holds the README to them.
+Reads docs/results/{memory,frontier}.json; tests/integration/test_readme.py holds the texts to them.
 """
 
 import json
@@ -11,28 +11,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spryfl.bench import frontier_report, memory_report
+from spryfl.bench import frontier_report, memory_report, memory_targets
 
 ROOT = Path(__file__).parents[1]
-HEADLINES: dict[str, Callable[[Any], str]] = {
-    "memory": memory_report.headline,
-    "frontier": frontier_report.headline,
-}
+TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("README.md", "memory", memory_report.headline),
+    ("README.md", "frontier", frontier_report.headline),
+    ("docs/results/README.md", "memory", memory_targets.targets_table),
+)
+"""(text, results, table of their rows)."""
 
 
-def with_table(readme: str, name: str, table: str) -> str:
-    """The README with one block filled."""
+def with_table(text: str, name: str, table: str) -> str:
+    """The text with one block filled."""
     block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    return block.sub(lambda match: match[1] + table + match[2], readme)
+    return block.sub(lambda match: match[1] + table + match[2], text)
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    for name, headline in HEADLINES.items():
+    for file, name, table in TABLES:
+        path = ROOT / file
         rows = json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8"))
-        readme = with_table(readme, name, headline(rows))
-    path.write_text(readme, encoding="utf-8")
+        path.write_text(with_table(path.read_text(encoding="utf-8"), name, table(rows)), encoding="utf-8")
 
 
 if __name__ == "__main__":

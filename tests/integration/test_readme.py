@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from spryfl.bench.frontier_report import headline as frontier_headline
-from spryfl.bench.memory_report import headline as memory_headline
+from record_readme import TABLES
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -60,11 +59,13 @@ def test_make_knows_the_readmes_targets(command: str) -> None:
         assert "spry run demo" in done.stdout
 
 
-@pytest.mark.parametrize(("name", "headline"), [("memory", memory_headline), ("frontier", frontier_headline)])
-def test_the_readmes_figures_are_the_results(name: str, headline: Callable[[list[dict[str, Any]]], str]) -> None:
+@pytest.mark.parametrize(("file", "name", "table"), TABLES)
+def test_measured_tables_are_those_of_the_results(
+    file: str, name: str, table: Callable[[list[dict[str, Any]]], str]
+) -> None:
     rows = json.loads((ROOT / f"docs/results/{name}.json").read_text())
-    block = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
-    assert block == headline(rows)
+    block = (ROOT / file).read_text().split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+    assert block == table(rows)
 
 
 def test_the_readmes_spry_commands_in_their_order(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from families import DECODERS, FAMILIES
 from spryfl.config import AdapterConfig, TaskKind
+from spryfl.forward_mode import packed
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run, each
 from spryfl.forward_mode.loss import row_losses
@@ -22,7 +23,7 @@ from spryfl.memory.meter import ActivationMeter
 from spryfl.memory.plan import PassCost
 from spryfl.models.adapters import adapt
 from spryfl.models.classes import MODEL_CLASSES
-from spryfl.models.dry_run import DryRun, HollowModel, PackedLinear, Work, pack, shallower, unpacked
+from spryfl.models.dry_run import DryRun, HollowModel, PackedLinear, Work, pack, shallower
 from spryfl.models.heads import head_modules
 from spryfl.models.layers import layer_calls
 from spryfl.models.lean import make_lean
@@ -78,7 +79,7 @@ class Real:
             self.model = adapt(base, RANK, head_modules(base, (), task), task).eval()
         if packed:
             pack(self.model)
-        make_lean(self.model, {PackedLinear: lambda module, dtype: unpacked(module, dtype).zero_()})
+        make_lean(self.model, {PackedLinear: lambda module, rows, out: out.zero_()})
         self.names = parameters_of(trainable_units(self.model))
         self.ids = torch.ones((BATCH, TOKENS), dtype=torch.long)
         self.mask = torch.ones_like(self.ids)
@@ -152,7 +153,9 @@ def test_predictions_with_other_losses(task: TaskKind, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_weights_too(family: str) -> None:
+@pytest.mark.parametrize("enough", [packed.ENOUGH_VECTORS, 32], ids=["few chunks", "many chunks"])
+def test_packed_weights_too(family: str, enough: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "ENOUGH_VECTORS", enough)
     assert not misses(config_of(family), True, [(name, SMALL_CHUNKS) for name in (*CHUNKED, "inference")])
 
 
@@ -229,7 +232,9 @@ def test_each_tangent_costs_a_little_more_than_inference() -> None:
 
 def test_a_dry_run_leaves_out_only_chunks_like_others() -> None:
     assert list(each(range(7))) == list(range(7))
-    with dry_run():
+    with dry_run(shortened=False):
+        assert list(each(range(7))) == list(range(7))
+    with dry_run(shortened=True):
         assert list(each(range(7))) == [0, 1, 6]
         assert list(each(range(2))) == [0, 1]
     assert list(each(range(7))) == list(range(7))

@@ -17,10 +17,13 @@ from families import FAMILIES, padded_batch
 from packed import open_model, save_family
 from spryfl.config import ModelConfig
 from spryfl.errors import ModelError
+from spryfl.forward_mode.budget import chunks_of
+from spryfl.forward_mode.dual import make_dual
 from spryfl.forward_mode.operators import use_lean_operators
+from spryfl.forward_mode.packed import _has_matrix_unit, product
 from spryfl.models import shards
 from spryfl.models.noise import quiet_bitsandbytes
-from spryfl.models.quantization import KINDS, dense_weight, dense_weights, packed_bytes, packed_parameter, quantize
+from spryfl.models.quantization import KINDS, packed_bytes, packed_parameter, quantize, unpack_rows, unpackers
 from spryfl.models.quantizing import natural, quantize_checkpoint
 from spryfl.models.units import HEAD
 
@@ -46,10 +49,11 @@ def _module(kind: str, weight: Tensor) -> nn.Module:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_unpacking(kind: str, dtype: torch.dtype, stored: torch.dtype) -> None:
     """What the format says, rounded once, whatever dtype was packed; rows that end inside a block included."""
-    weight = torch.randn(70, 96, generator=torch.Generator().manual_seed(0)).to(stored)
-    dense = dense_weight(_module(kind, weight), dtype)
-    assert dense.dtype == dtype
-    assert dense.shape == weight.shape
+    weight = torch.randn(250, 96, generator=torch.Generator().manual_seed(0)).to(stored)
+    module = _module(kind, weight)
+    dense = torch.empty(weight.shape, dtype=dtype)
+    for start, stop in ((0, 3), (3, 100), (100, 180), (180, 250)):
+        unpack_rows(module, slice(start, stop), dense[start:stop])
     parts = quantize(weight, kind)
     if kind == "nf4":
         # By hand: two codes a byte, 64 values a block, the blocks' scales packed themselves.
@@ -67,6 +71,36 @@ def test_unpacking(kind: str, dtype: torch.dtype, stored: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_products_in_blocks(kind: str) -> None:
+    """With several blocks of rows and tokens: forward, back, and along a tangent as with the dense weight."""
+    generator = torch.Generator().manual_seed(0)
+    module: Any = _module(kind, torch.randn(250, 96, generator=generator))
+    dense = torch.empty(250, 96, dtype=torch.float64)
+    unpack_rows(module, slice(0, 250), dense)
+    x = torch.randn(2, 75, 96, dtype=torch.float64, generator=generator)
+    y = torch.randn(2, 75, 250, dtype=torch.float64, generator=generator)
+    use_lean_operators(nn.Sequential(module), unpackers())
+    with chunks_of(1):
+        assert torch.allclose(module(x), x @ dense.t())
+        value, slope = torch.func.jvp(module, (x,), (2 * x,))
+        assert torch.allclose(value, x @ dense.t())
+        assert torch.allclose(slope, 2 * x @ dense.t())
+        x.requires_grad_()
+        assert torch.allclose(torch.autograd.grad(module(x), x, y)[0], y @ dense)
+        dual = module(make_dual(x.detach(), y[None, ..., :96]))
+    assert torch.allclose(dual.stacked, torch.stack((x, y[..., :96])) @ dense.t())
+
+
+@pytest.mark.skipif(_has_matrix_unit(), reason="multiplies 16 bits as they are")
+def test_products_of_16_bits_lose_nothing_but_their_own_rounding() -> None:
+    module: Any = _module("nf4", torch.randn(70, 96, generator=torch.Generator().manual_seed(0)))
+    dense = torch.empty(70, 96)
+    unpack_rows(module, slice(0, 70), dense)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(product(x, module, unpack_rows), (x.float() @ dense.t()).bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_known_before_packing(kind: str) -> None:
     for shape in [(64, 64), (70, 33), (300, 128)]:
         parts = quantize(torch.randn(shape), kind)
@@ -78,7 +112,7 @@ def test_a_repacked_weight_is_refused() -> None:
     module: Any = _module("nf4", torch.randn(32, 64))
     module.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ModelError, match="repacked"):
-        dense_weight(module, torch.float32)
+        unpack_rows(module, slice(0, 32), torch.empty(32, 64))
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
@@ -128,7 +162,7 @@ def test_three_ways_to_the_same_model(family: str, kind: str, tiny_model: Path, 
     for name, tensor in stock.state_dict().items():
         assert name in head or torch.equal(tensor, ours[name]), name
     assert any(name.endswith(("absmax", "SCB")) for name in ours)
-    use_lean_operators(again, dense_weights())
+    use_lean_operators(again, unpackers())
     with torch.inference_mode():
         again.base_model(**batch)
 

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from spryfl.bench.memory_targets import targets_table
 from spryfl.bench.works import WORKS
 
 Row = dict[str, Any]
@@ -15,8 +16,8 @@ CPU = "cpu_seconds_per_step"
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """One table of all works, one of growth, one of truth; only those that were measured."""
-    parts = [_works(rows), _growth(rows), _truth(rows)]
+    """The targets, one table of all works, one of growth, one of truth; only those that were measured."""
+    parts = [targets_table(rows), _works(rows), _growth(rows), _truth(rows)]
     return "\n".join(part for part in parts if part)
 
 

@@ -83,6 +83,16 @@ def new_stack(like: Tensor, k: int, shape: torch.Size | tuple[int, ...]) -> Tens
     return plain.new_empty((1 + k, *shape))
 
 
+def carrying_tangents(value: Tensor, k: int) -> Tensor:
+    """The value as a dual of K tangents: itself, or with tangents of zero."""
+    if not k or isinstance(value, Dual):
+        return value
+    stack = new_stack(value, k, value.shape)
+    stack[0] = value
+    stack[1:].zero_()
+    return Dual(stack)
+
+
 def write_rows(target: Tensor | None, part: Tensor, rows: slice, num_rows: int) -> Tensor:
     """Put some rows of an output in their place; the first part decides whether it has tangents."""
     if target is None:

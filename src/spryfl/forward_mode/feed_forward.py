@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spryfl.forward_mode.budget import FEED_FORWARD_SHARE, chunk_bytes, each, tangents_in_flight
 from spryfl.forward_mode.dual import num_tangents, write_rows
-from spryfl.forward_mode.packed import dense_bytes, staged
+from spryfl.forward_mode.packed import enough_tokens
 
 # Where transformers keeps a model's token-wise blocks: (module class suffix, method taking (.., tokens,
 # hidden) to the same shape). A block that is not listed runs whole: correct, but not as lean.
@@ -67,17 +67,16 @@ def _in_chunks(module: nn.Module, block: Callable[[Tensor], Tensor]) -> Callable
         if torch.is_grad_enabled():
             return block(hidden)
         k = num_tangents(hidden) or tangents_in_flight()
-        budget = max(chunk_bytes(FEED_FORWARD_SHARE), dense_bytes(module, hidden.element_size()))
-        step = max(1, budget // (WIDE_TENSORS * (1 + k) * width * hidden.element_size()))
+        token_bytes = WIDE_TENSORS * (1 + k) * width * hidden.element_size()
+        step = max(enough_tokens(module, k), chunk_bytes(FEED_FORWARD_SHARE) // token_bytes)
         num_tokens = hidden.shape[:-1].numel()
         if num_tokens <= step:
             return block(hidden)
         tokens, output = hidden.reshape(num_tokens, -1), None
-        with staged():
-            for start in each(range(0, num_tokens, step)):
-                chunk = slice(start, start + step)
-                # A tangent may start inside the block, at a perturbed module of its own.
-                output = write_rows(output, block(tokens[chunk]), chunk, num_tokens)
+        for start in each(range(0, num_tokens, step)):
+            chunk = slice(start, start + step)
+            # A tangent may start inside the block, at a perturbed module of its own.
+            output = write_rows(output, block(tokens[chunk]), chunk, num_tokens)
         assert output is not None
         return output.view(hidden.shape)
 

@@ -1,7 +1,7 @@
 """Lean operators of duals for what a transformer spends its time in: linear maps and norms.
 
-A frozen linear map acts on primal and tangents in one product, and a packed weight (4-bit, 8-bit) is
-unpacked once for all of them. A norm takes one kernel for the primal and one for each tangent.
+A frozen linear map acts on primal and tangents in one product, one with a packed weight (`packed.py`) in blocks
+that are unpacked once for all of them. A norm takes one kernel for the primal and one for each tangent.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spryfl.forward_mode.dual import Dual, new_stack, num_tangents, split
-from spryfl.forward_mode.packed import DenseWeight, packed_linear
+from spryfl.forward_mode.dual import Dual, carrying_tangents, new_stack, num_tangents, split
+from spryfl.forward_mode.packed import UnpackRows, packed_linear
 
 Operator = Callable[[Any, Any], Tensor]
 
@@ -61,7 +61,7 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor, scaling: float) -> Tensor:
         x: (.., rank).
         weight: (out, rank).
     """
-    y = _carrying(y, num_tangents(y, x, weight))
+    y = carrying_tangents(y, num_tangents(y, x, weight))
     plain_weight = split(weight)[0]
     target = y.stacked if isinstance(y, Dual) else y
     source = x.stacked if isinstance(x, Dual) else x
@@ -81,7 +81,7 @@ def scale_linear(y: Tensor, scale: Tensor) -> Tensor:
         y: (.., out), contiguous.
         scale: (out,).
     """
-    y = _carrying(y, num_tangents(y, scale))
+    y = carrying_tangents(y, num_tangents(y, scale))
     plain_scale, tangents = split(scale)
     if not isinstance(y, Dual):
         return y.mul_(plain_scale)
@@ -90,16 +90,6 @@ def scale_linear(y: Tensor, scale: Tensor) -> Tensor:
         y.stacked[1 + k].addcmul_(y.stacked[0], tangents[k])  # type: ignore[index]
     y.stacked[0] *= plain_scale
     return y
-
-
-def _carrying(y: Tensor, k: int) -> Tensor:
-    """Y as a dual of K tangents: itself, or with tangents of zero."""
-    if not k or isinstance(y, Dual):
-        return y
-    stack = new_stack(y, k, y.shape)
-    stack[0] = y
-    stack[1:].zero_()
-    return Dual(stack)
 
 
 def layer_norm(module: Any, x: Tensor) -> Tensor:
@@ -167,23 +157,23 @@ def rms_norm(module: Any, x: Dual) -> Tensor:
     return Dual(stack)
 
 
-def use_lean_operators(model: nn.Module, dense_weights: Mapping[type, DenseWeight] | None = None) -> None:
+def use_lean_operators(model: nn.Module, unpackers: Mapping[type, UnpackRows] | None = None) -> None:
     """Give the model's linear maps and norms their lean operators, in place.
 
     Subclasses keep their own forward: what they change is not known here. Without a tangent a module runs as
-    before, but for packed ones, whose weight is unpacked for every pass, backward ones included.
+    before, but for packed ones, whose weight is unpacked in every pass, backward ones included.
 
     Args:
         model: changed once and for all; its values and results are not.
-        dense_weights: class of a module with a packed weight -> how to unpack it.
+        unpackers: class of a module with a packed weight -> how to unpack it.
     """
-    packed = dict(dense_weights or {})
+    packed = dict(unpackers or {})
     modules: list[Any] = list(model.modules())
     for module in modules:
         if "_lean" in vars(module):
             continue
         if type(module) in packed:
-            forward = packed_linear(module, packed[type(module)], linear)
+            forward = packed_linear(module, packed[type(module)])
         elif type(module) is nn.Linear:
             forward = _of_duals(module, lambda m, x: linear(x, m.weight, m.bias))
         elif type(module) is nn.LayerNorm:

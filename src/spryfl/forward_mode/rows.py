@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from spryfl.forward_mode.budget import chunk_bytes, each, tangents_in_flight
 from spryfl.forward_mode.dual import Dual, num_tangents, write_rows
 from spryfl.forward_mode.feed_forward import token_wise_blocks
-from spryfl.forward_mode.packed import dense_bytes, staged
+from spryfl.forward_mode.packed import enough_tokens
 
 Tree = TypeVar("Tree")
 
@@ -43,7 +43,7 @@ def take_rows(tree: Tree, rows: slice, num_rows: int) -> Tree:
 
 
 def rows_at_a_time(layer: nn.Module, widths: int, hidden: Tensor, k: int) -> int:
-    """How many rows of the batch a layer takes at a time within the byte budget.
+    """How many rows of the batch a layer takes at a time within the byte budget, or enough for packed weights.
 
     Args:
         widths: of the layer's linear maps outside its token-wise blocks.
@@ -52,15 +52,7 @@ def rows_at_a_time(layer: nn.Module, widths: int, hidden: Tensor, k: int) -> int
     """
     tokens = hidden.shape[1] if hidden.dim() > 2 else 1
     row_bytes = (1 + k) * tokens * hidden.element_size() * (HIDDEN_STATES * hidden.shape[-1] + widths)
-    return max(1, layer_budget(layer, hidden) // row_bytes)
-
-
-def layer_budget(layer: nn.Module, hidden: Tensor) -> int:
-    """Bytes of a layer's temporaries: the pass's budget, or what its packed weights take when unpacked.
-
-    Chunks smaller than those would save nothing, as the weights must then stay unpacked from chunk to chunk.
-    """
-    return max(chunk_bytes(), dense_bytes(layer, hidden.element_size()))
+    return max(1, chunk_bytes() // row_bytes, -(-enough_tokens(layer, k) // tokens))
 
 
 def chunk_layers(layers: Sequence[nn.Module]) -> None:
@@ -91,15 +83,14 @@ def _in_rows(layer: nn.Module) -> Callable[..., Any]:
             return plain(hidden, *args, **kwargs)
         target: Tensor | None = hidden if isinstance(hidden, Dual) else None
         rest: tuple[Any, ...] | None = None
-        with staged():
-            for start in each(range(0, num_rows, step)):
-                rows = slice(start, start + step)
-                part_hidden, part_args, part_kwargs = take_rows((hidden, args, kwargs), rows, num_rows)
-                part = plain(part_hidden, *part_args, **part_kwargs)
-                if isinstance(part, tuple):
-                    part, *others = part
-                    rest = tuple(others)
-                target = write_rows(target, part, rows, num_rows)
+        for start in each(range(0, num_rows, step)):
+            rows = slice(start, start + step)
+            part_hidden, part_args, part_kwargs = take_rows((hidden, args, kwargs), rows, num_rows)
+            part = plain(part_hidden, *part_args, **part_kwargs)
+            if isinstance(part, tuple):
+                part, *others = part
+                rest = tuple(others)
+            target = write_rows(target, part, rows, num_rows)
         return target if rest is None else (target, *rest)
 
     return forward

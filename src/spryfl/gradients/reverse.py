@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spryfl.forward_mode.budget import each
-from spryfl.forward_mode.packed import staged
+from spryfl.forward_mode.budget import chunk_bytes, each
+from spryfl.forward_mode.packed import enough_tokens
 from spryfl.forward_mode.patching import Forward, patched_forwards
-from spryfl.forward_mode.rows import layer_budget, take_rows
+from spryfl.forward_mode.rows import take_rows
 from spryfl.gradients.calls import Call, hidden_of
 
 HIDDEN_SIZED = 8  # a layer's norms, residual sums and the like, in hidden states: they are no linear maps
@@ -75,8 +75,7 @@ def reverse_call(
 
         return run
 
-    in_chunks = rows_at_once(call, hidden) < gradient.shape[0]
-    with patched_forwards([call.layer], lambda _, forward: there_and_back(forward)), staged(in_chunks):
+    with patched_forwards([call.layer], lambda _, forward: there_and_back(forward)):
         call.again(hidden)
 
 
@@ -88,9 +87,8 @@ def rows_at_once(call: Call, hidden: Tensor) -> int:
     num_rows = hidden.shape[0]
     if call.stochastic or hidden.dim() != 3:
         return num_rows
-    num_chunks = min(
-        num_rows, -(-num_rows // max(1, layer_budget(call.layer, hidden) // row_bytes(call.layer, hidden)))
-    )
+    enough = -(-enough_tokens(call.layer, 0) // hidden.shape[1])
+    num_chunks = -(-num_rows // max(enough, chunk_bytes() // row_bytes(call.layer, hidden)))
     return -(-num_rows // num_chunks)  # chunks of one size
 
 

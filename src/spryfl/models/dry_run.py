@@ -135,12 +135,13 @@ class DryRun:
         return replace(cost, depth=depth, peak_bytes=peak, flops=self._run((*what, True), depth, WHOLE)[1])
 
     def _run(self, what: Pass, depth: int, chunk_bytes: int) -> tuple[int, int]:
-        """Peak bytes and operations of a pass; where it runs in chunks, some are left out of the latter."""
+        """Peak bytes of a pass and its operations, some of which are left out where it runs in chunks."""
         key = (what, depth, chunk_bytes)
         if key not in self._done:
             name, *settings = what
             model = self.models[depth]
-            with chunks_of(chunk_bytes), dry_run(), model.mode, PassMeter() as meter:
+            shortened = chunk_bytes < WHOLE  # operations are counted where a pass needs no chunks
+            with chunks_of(chunk_bytes), dry_run(shortened=shortened), model.mode, PassMeter() as meter:
                 getattr(model, name)(*settings)
             self._done[key] = (meter.peak_bytes, meter.flops)
         return self._done[key]
@@ -155,7 +156,7 @@ class HollowModel:
         model = adapt(base, work.adapter, head, work.task).eval()
         if work.packed:
             pack(model, [base.get_submodule(path) for path in [output_head(base)] if path])
-        make_lean(model, {PackedLinear: unpacked})
+        make_lean(model, {PackedLinear: unpack_nothing})
         for dropout in dropout_modules(model):
             dropout.training = work.adapter.dropout > 0  # as in a client's update
         units = trainable_units(model)
@@ -243,14 +244,9 @@ class PackedLinear(nn.Module):
         packed = torch.zeros((), dtype=torch.uint8).expand(self.out_features, self.in_features)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, unpacked(self, input.dtype), self.bias)
 
-
-def unpacked(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a stand-in, whatever its values: (out, in)."""
-    assert isinstance(module, PackedLinear)
-    return torch.empty((module.out_features, module.in_features), dtype=dtype, device=module.weight.device)
+def unpack_nothing(module: nn.Module, rows: slice, out: Tensor) -> None:
+    """The weight of a stand-in, whatever its values."""
 
 
 def pack(model: nn.Module, dense: Sequence[nn.Module] = ()) -> None:

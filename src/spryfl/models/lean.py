@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spryfl.forward_mode.dual import split
 from spryfl.forward_mode.feed_forward import chunk_feed_forward
 from spryfl.forward_mode.operators import add_linear, linear, scale_linear, use_lean_operators
-from spryfl.forward_mode.packed import DenseWeight
+from spryfl.forward_mode.packed import UnpackRows
 from spryfl.forward_mode.rows import chunk_layers
 from spryfl.models.layers import transformer_layers
 
@@ -29,13 +29,13 @@ Forward = Callable[[Any, str, Tensor], Tensor]
 """(layer, adapter's name, x) -> its output."""
 
 
-def make_lean(model: nn.Module, dense_weights: Mapping[type, DenseWeight] | None = None) -> None:
+def make_lean(model: nn.Module, unpackers: Mapping[type, UnpackRows] | None = None) -> None:
     """Give a model all that makes a forward-mode pass lean, in place, once and for all; no result changes.
 
     Args:
-        dense_weights: how to unpack modules with packed weights, by their class.
+        unpackers: how to unpack modules with packed weights, by their class.
     """
-    use_lean_operators(model, dense_weights)
+    use_lean_operators(model, unpackers)
     use_lean_adapters(model)
     chunk_feed_forward(model)
     chunk_layers(transformer_layers(model))

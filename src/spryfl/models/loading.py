@@ -20,7 +20,7 @@ from spryfl.models.checkpoint import Checkpoint
 from spryfl.models.classes import MODEL_CLASSES, quietly, require_class
 from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
-from spryfl.models.quantization import dense_weights
+from spryfl.models.quantization import unpackers
 from spryfl.models.sources import Source, explained, find_model, local_folder
 from spryfl.models.streaming import StreamedLayers
 from spryfl.models.units import Unit, trainable_units
@@ -86,7 +86,7 @@ def load_model(
     for tensor in (*(p for p in model.parameters() if p.requires_grad), *frozen_tensors(model)):
         tensor.data = tensor.data.to(device, dtype)  # beside packed weights PEFT makes float32
     model.eval()
-    make_lean(model, dense_weights())
+    make_lean(model, unpackers())
     streamed = StreamedLayers(built.layers, built.store) if built.store else None
     return AdaptedModel(model, tokenizer, trainable_units(model), dtype, streamed)
 

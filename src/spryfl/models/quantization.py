@@ -2,7 +2,7 @@
 
 NF4 (Dettmers et al. 2023, QLoRA): blocks of 64 weights share a scale, and the scales themselves are held in
 8 bits (double quantization). int8: one scale a row. Only weights are quantized: a product unpacks its weight
-(`dense_weight`) and is otherwise PyTorch's own, so activations and tangents keep the model's dtype. Packed
+(`unpack_rows`) and is otherwise PyTorch's own, so activations and tangents keep the model's dtype. Packed
 bytes come from the weights as stored, so they do not depend on what the model computes in.
 """
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.errors import ModelError
-from spryfl.forward_mode.packed import DenseWeight
+from spryfl.forward_mode.packed import UnpackRows
 from spryfl.models.classes import output_head
 
 KINDS = ("nf4", "int8")
-_ROWS = 256
-"""Rows of an int8 weight that are unpacked at a time where the result is not float32."""
+_PIECE = 2**17
+"""Values of a 4-bit weight that a processor unpacks at a time: they stay in its cache, and the C library keeps them."""
 
 
 def bitsandbytes() -> Any:
@@ -33,60 +33,89 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The frozen weight of a quantized linear module, unpacked.
+def unpack_rows(module: nn.Module, rows: slice, out: Tensor) -> None:
+    """Write some rows of a quantized linear module's frozen weight, dense.
 
     Args:
         module: bitsandbytes' Linear4bit or Linear8bitLt, with its weight in memory.
-        dtype: of the result.
-
-    Returns:
-        (out, in), a new tensor on the weight's device.
+        rows: of the weight (out_features, in_features), one after the other.
+        out: (rows, in_features), overwritten; rounded once to its dtype.
 
     Raises:
         ModelError: the module is of another kind, or its weight was repacked by bitsandbytes' own forward.
     """
-    for kind, unpack in dense_weights().items():
+    for kind, unpack in unpackers().items():
         if isinstance(module, kind):
-            return unpack(module, dtype)
+            return unpack(module, rows, out)
     raise ModelError(f"{type(module).__name__} is no quantized linear module")
 
 
-def dense_weights() -> dict[type, DenseWeight]:
+def unpackers() -> dict[type, UnpackRows]:
     """How each quantized class is unpacked; empty while bitsandbytes has not been imported."""
     library = sys.modules.get("bitsandbytes")
-    return {} if library is None else {library.nn.Linear4bit: _dense_4bit, library.nn.Linear8bitLt: _dense_int8}
+    return {} if library is None else {library.nn.Linear4bit: _unpack_4bit, library.nn.Linear8bitLt: _unpack_int8}
 
 
-def _dense_4bit(module: Any, dtype: torch.dtype) -> Tensor:
+def _unpack_4bit(module: Any, rows: slice, out: Tensor) -> None:
     state = module.weight.quant_state
     if state is None:
         raise ModelError("a 4-bit weight is not in memory: its layer's forward has not been called, or was")
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError("a 4-bit weight was repacked by bitsandbytes' own forward, which this project never calls")
-    state, shape = copy.copy(state), state.shape
-    # Unpacking straight into the wanted dtype saves a copy.
-    state.dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    if shape[-1] % state.blocksize:
-        # bitsandbytes 0.50's CPU kernel takes wrong scales where a block runs over the end of a row.
-        state.shape = torch.Size((1, shape.numel()))
-    return bitsandbytes().functional.dequantize_4bit(module.weight.data, state).reshape(shape).to(dtype)
+    num_rows, width = state.shape
+    start, stop, _ = rows.indices(num_rows)
+    low, high, flat = start * width, stop * width, out.view(-1)
+    # Whole blocks, as they share a scale: from the one that the first row begins in to the one the last ends in.
+    first, last = low // state.blocksize, -(-high // state.blocksize)
+    scales = _scales(state, first, last)
+    begin, end = first * state.blocksize, min(last * state.blocksize, num_rows * width)
+    step = _PIECE if out.device.type == "cpu" else end - begin
+    for at in range(begin, end, step):
+        values = _dequantized(
+            module.weight.data, state, scales[(at - begin) // state.blocksize :], at, min(at + step, end), out.dtype
+        )
+        inside = slice(max(at, low), min(at + len(values), high))
+        flat[inside.start - low : inside.stop - low] = values[inside.start - at : inside.stop - at]
 
 
-def _dense_int8(module: Any, dtype: torch.dtype) -> Tensor:
-    packed = module.weight.data  # (out, in)
+def _dequantized(packed: Tensor, state: Any, scales: Tensor, at: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Values `at` to `end` of a packed weight, whole blocks whose scales come first."""
+    library = bitsandbytes().functional
+    part = library.QuantState(
+        absmax=scales[: -(-(end - at) // state.blocksize)],
+        # As one row: bitsandbytes 0.50's CPU kernel takes wrong scales where a block runs over the end of a row.
+        shape=torch.Size((1, end - at)),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32,
+    )
+    values: Tensor = library.dequantize_4bit(packed.view(-1, 1)[at // 2 : -(-end // 2)], part)
+    return values.view(-1)
+
+
+def _scales(state: Any, first: int, last: int) -> Tensor:
+    """The scales of some blocks; packed themselves where double quantization was used."""
+    if not state.nested:
+        scales: Tensor = state.absmax[first:last]
+        return scales
+    library, nested = bitsandbytes().functional, state.state2
+    begin = first // nested.blocksize
+    part = copy.copy(nested)
+    part.absmax = nested.absmax[begin : -(-last // nested.blocksize)]
+    start = begin * nested.blocksize
+    scales = library.dequantize_blockwise(state.absmax[start:last], part) + state.offset
+    return scales[first - start :]
+
+
+def _unpack_int8(module: Any, rows: slice, out: Tensor) -> None:
+    packed = module.weight.data[rows]  # (rows, in)
     scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
     if scale is None or packed.dtype != torch.int8:
         raise ModelError("an int8 weight is not in memory: its layer's forward has not been called, or was")
-    scale = (scale / 127).unsqueeze(1)
-    if dtype in (torch.float32, torch.float64):
-        return packed.to(dtype).mul_(scale)
     # A scale rounded to 16 bits would stretch whole rows, so the product is rounded instead.
-    dense = torch.empty(packed.shape, dtype=dtype, device=packed.device)
-    for start in range(0, len(packed), _ROWS):
-        rows = slice(start, start + _ROWS)
-        dense[rows] = packed[rows].float().mul_(scale[rows])
-    return dense
+    wide = torch.promote_types(out.dtype, torch.float32)
+    torch.mul(packed.to(wide), (scale[rows] / 127).unsqueeze(1), out=out)
 
 
 def quantize(weight: Tensor, kind: str) -> dict[str, Tensor]:
