@@ -20,7 +20,7 @@ from spryfl.errors import ModelError
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.forward_mode.dual import make_dual
 from spryfl.forward_mode.operators import use_lean_operators
-from spryfl.forward_mode.packed import _has_matrix_unit, product
+from spryfl.forward_mode.packed import has_matrix_unit, product
 from spryfl.models import shards
 from spryfl.models.noise import quiet_bitsandbytes
 from spryfl.models.quantization import KINDS, packed_bytes, packed_parameter, quantize, unpack_rows, unpackers
@@ -91,7 +91,7 @@ def test_products_in_blocks(kind: str) -> None:
     assert torch.allclose(dual.stacked, torch.stack((x, y[..., :96])) @ dense.t())
 
 
-@pytest.mark.skipif(_has_matrix_unit(), reason="multiplies 16 bits as they are")
+@pytest.mark.skipif(has_matrix_unit(), reason="multiplies 16 bits as they are")
 def test_products_of_16_bits_lose_nothing_but_their_own_rounding() -> None:
     module: Any = _module("nf4", torch.randn(70, 96, generator=torch.Generator().manual_seed(0)))
     dense = torch.empty(70, 96)
@@ -282,15 +282,15 @@ def test_layers_in_their_order() -> None:
 
 @pytest.mark.slow
 def test_a_gguf_file(tmp_path: Path) -> None:
-    """Unpacked whole, then packed: on disk and in memory alike."""
+    """Unpacked whole, then packed: on disk and in memory alike, whatever the model computes in."""
     quantize_checkpoint(ModelConfig(name="builtin:smollm2"), tmp_path / "copy", "nf4")
-    config = {"dtype": "float32", "num_labels": 2}
     ids = torch.arange(5, 25).view(2, 10)
-    outputs = []
-    for folder, quantization in ((tmp_path / "copy", "none"), (Path("builtin:smollm2"), "nf4")):
-        loaded = open_model(folder, quantization=quantization, **config)
-        with torch.inference_mode():
-            outputs.append(loaded.model(input_ids=ids).logits)
-    assert torch.equal(*outputs)
+    for dtype in ("float32", "bfloat16"):
+        outputs = []
+        for folder, quantization in ((tmp_path / "copy", "none"), (Path("builtin:smollm2"), "nf4")):
+            loaded = open_model(folder, quantization=quantization, dtype=dtype, num_labels=2)
+            with torch.inference_mode():
+                outputs.append(loaded.model(input_ids=ids).logits)
+        assert torch.equal(*outputs)
     with pytest.raises(ModelError, match="spry quantize builtin:smollm2"):
         open_model(Path("builtin:smollm2"), streamed=True)

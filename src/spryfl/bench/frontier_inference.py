@@ -8,8 +8,7 @@ import torch
 
 from spryfl.bench.frontier import variant_config
 from spryfl.bench.frontier_works import VARIANTS
-from spryfl.bench.steps import UNCHUNKED
-from spryfl.forward_mode.budget import chunks_of
+from spryfl.forward_mode.budget import NO_LIMIT, chunks_of
 from spryfl.memory.meter import MemoryMeter
 from spryfl.workbench import Workbench
 
@@ -39,7 +38,7 @@ def _measured(bench: Workbench) -> int:
     size, found = bench.config.local.batch_size, 0
     for start in range(0, size * NUM_BATCHES, size):
         batch = bench.task.batch(bench.train, list(range(start, start + size)))
-        with MemoryMeter(bench.adapted.model) as meter, torch.inference_mode(), chunks_of(UNCHUNKED):
+        with MemoryMeter(bench.adapted.model) as meter, torch.inference_mode(), chunks_of(NO_LIMIT):
             bench.task.losses(bench.adapted.model, batch).mean()
         found = max(found, meter.use.activations)
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spryfl.forward_mode.budget import chunks_of
+from spryfl.forward_mode.budget import NO_LIMIT, chunks_of
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimate
@@ -23,7 +23,6 @@ from spryfl.gradients.zeroth_order import ZerothOrder
 from spryfl.models.layers import layer_calls
 from spryfl.models.units import Unit, parameters_of
 
-UNCHUNKED = 2**62
 KEPT_STATES = 2  # of budgeted backprop: as many hidden states as forward mode holds with one tangent
 
 
@@ -83,7 +82,7 @@ class LossModule(nn.Module):
 
 def inference(subject: Subject, k: int) -> None:
     """The loss, as transformers computes it."""
-    with torch.inference_mode(), chunks_of(UNCHUNKED):
+    with torch.inference_mode(), chunks_of(NO_LIMIT):
         subject.loss()(subject.model)
 
 
@@ -125,7 +124,7 @@ def func_jvp(subject: Subject, k: int) -> float:
     def of(perturbed: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(wrapped, perturbed, ())
 
-    with torch.no_grad(), chunks_of(UNCHUNKED), eager_attention(model):
+    with torch.no_grad(), chunks_of(NO_LIMIT), eager_attention(model):
         return float(torch.func.jvp(of, (values,), (own,))[1])
 
 

@@ -1,7 +1,7 @@
 """The byte budget that every chunk size of a pass follows from, and the number of tangents in flight.
 
 Both belong to a pass, not to a model: clients of unequal memory share one frozen model. So does a dry run,
-which may leave out chunks that are like others: it tells what a pass takes, and its results mean nothing.
+which leaves out chunks that are like others: it tells what a pass takes, and its results mean nothing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ from typing import TypeVar
 
 Part = TypeVar("Part")
 
+NO_LIMIT = 2**62  # a budget that no pass needs chunks for
 DEFAULT_CHUNK_BYTES = 32 * 2**20  # a row of 512 tokens through a layer of BERT-large with one tangent
 
 # Shares of the budget: what stands at the same time adds up to about one of it.
@@ -21,7 +22,6 @@ FEED_FORWARD_SHARE = 2  # a wide middle, once attention's temporaries are gone
 _chunk_bytes: ContextVar[int] = ContextVar("chunk_bytes", default=DEFAULT_CHUNK_BYTES)
 _num_tangents: ContextVar[int] = ContextVar("num_tangents", default=0)
 _dry: ContextVar[bool] = ContextVar("dry", default=False)
-_shortened: ContextVar[bool] = ContextVar("shortened", default=False)
 
 
 def chunk_bytes(share: int = ROWS_SHARE) -> int:
@@ -58,12 +58,12 @@ def carrying(num_tangents: int) -> Iterator[None]:
 
 
 def each(parts: Iterable[Part]) -> Iterable[Part]:
-    """The parts of work done in chunks; in a shortened dry run, of many only the first two and the last.
+    """The parts of work done in chunks; in a dry run, of many only the first two and the last.
 
     The second part differs from the first in what the first left standing (outputs); those
     between it and the last differ in nothing.
     """
-    if not _shortened.get():
+    if not is_dry():
         return parts
     known = list(parts)
     return known if len(known) <= 3 else [*known[:2], known[-1]]
@@ -75,15 +75,10 @@ def is_dry() -> bool:
 
 
 @contextmanager
-def dry_run(*, shortened: bool) -> Iterator[None]:
-    """Let the passes inside run on tensors without data; of what they do, only memory and operations are right.
-
-    Args:
-        shortened: chunks that are like others are left out, and then only the memory is right.
-    """
-    tokens = [(_dry, _dry.set(True)), (_shortened, _shortened.set(shortened))]
+def dry_run() -> Iterator[None]:
+    """Let the passes inside leave out chunks that are like others; of what they do, only the memory is right."""
+    token = _dry.set(True)
     try:
         yield
     finally:
-        for variable, token in tokens:
-            variable.reset(token)
+        _dry.reset(token)

@@ -5,13 +5,13 @@ to unpack anew for every block of tokens, and in a backward pass again; so such 
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunk_bytes, each
+from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, NO_LIMIT, chunk_bytes, each, is_dry
 from spryfl.forward_mode.dual import Dual, carrying_tangents, num_tangents, split
 
 UnpackRows = Callable[[nn.Module, slice, Tensor], None]
@@ -72,7 +72,7 @@ def transposed_product(y: Tensor, module: Any, unpack: UnpackRows) -> Tensor:
         block = tokens[some]
         total = block.new_zeros((len(block), module.in_features), dtype=product_dtype(y))
         for rows, weight in _unpacked(total, module, unpack):
-            total.addmm_(block[:, rows].to(total.dtype), weight)
+            torch.addmm(total, block[:, rows].to(total.dtype), weight, out=total)
         flat[some] = total
     return output
 
@@ -83,15 +83,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
     A processor without a matrix unit for 16 bits gains nothing from rounding to them: bfloat16 was half as fast as
     float32 where this was measured, though the processor has instructions for it.
     """
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _has_matrix_unit():
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not has_matrix_unit():
         return torch.float32
     return x.dtype
 
 
-@cache
-def _has_matrix_unit() -> bool:
-    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
-    return known.get("amx_bf16", False)
+def has_matrix_unit() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 faster than of float32."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 class _Product(torch.autograd.Function):
@@ -135,9 +134,11 @@ def _unpacked(like: Tensor, module: Any, unpack: UnpackRows) -> Iterator[tuple[s
 
 
 def _fitting(width: int, x: Tensor) -> int:
-    """How many vectors of a width fit the share of the budget (the default's, if less), as products take them."""
-    share = min(chunk_bytes(), DEFAULT_CHUNK_BYTES) // PRODUCT_SHARE
-    return share // (width * product_dtype(x).itemsize)
+    """How many vectors of a width, as products take them, fit the share of the budget."""
+    budget = chunk_bytes()
+    if budget == NO_LIMIT and not is_dry():  # unpacked whole, weights would take more than stock inference does
+        budget = DEFAULT_CHUNK_BYTES
+    return budget // PRODUCT_SHARE // (width * product_dtype(x).itemsize)
 
 
 def _add_bias(output: Tensor, bias: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from spryfl.config import AdapterConfig, TaskKind
-from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, chunks_of, dry_run
+from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, NO_LIMIT, chunks_of, dry_run
 from spryfl.forward_mode.inject import injected
 from spryfl.forward_mode.loss import row_losses
 from spryfl.forward_mode.next_token import next_token_logits, takes_positions
@@ -36,8 +36,6 @@ from spryfl.models.units import parameters_of, trainable_units
 
 SHALLOW = (2, 3)
 """Depths that are run: from the second layer on, all are alike."""
-WHOLE = 2**62
-"""A byte budget that no pass needs chunks for."""
 
 Pass = tuple[Any, ...]
 """A method of `HollowModel` and its settings."""
@@ -127,12 +125,12 @@ class DryRun:
 
     def _cost(self, what: Pass, chunk_bytes: int, upper: bool = False) -> PassCost:
         """Chunks bound the peak, but change neither the operations nor what one more layer adds."""
-        cost = PassCost.through({depth: self._run(what, depth, WHOLE) for depth in self.models})
+        cost = PassCost.through({depth: self._run(what, depth, NO_LIMIT) for depth in self.models})
         if not upper:
             return replace(cost, peak_bytes=self._run(what, cost.depth, chunk_bytes)[0])
         depth = max(self.models)  # two layers have tangents, as in deeper models
         peak, _ = self._run((*what, True), depth, chunk_bytes)
-        return replace(cost, depth=depth, peak_bytes=peak, flops=self._run((*what, True), depth, WHOLE)[1])
+        return replace(cost, depth=depth, peak_bytes=peak, flops=self._run((*what, True), depth, NO_LIMIT)[1])
 
     def _run(self, what: Pass, depth: int, chunk_bytes: int) -> tuple[int, int]:
         """Peak bytes of a pass and its operations, some of which are left out where it runs in chunks."""
@@ -140,8 +138,7 @@ class DryRun:
         if key not in self._done:
             name, *settings = what
             model = self.models[depth]
-            shortened = chunk_bytes < WHOLE  # operations are counted where a pass needs no chunks
-            with chunks_of(chunk_bytes), dry_run(shortened=shortened), model.mode, PassMeter() as meter:
+            with chunks_of(chunk_bytes), dry_run(), model.mode, PassMeter() as meter:
                 getattr(model, name)(*settings)
             self._done[key] = (meter.peak_bytes, meter.flops)
         return self._done[key]

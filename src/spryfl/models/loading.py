@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from spryfl.config import AdapterConfig, ModelConfig, TaskKind
 from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
+from spryfl.forward_mode.packed import has_matrix_unit
 from spryfl.models.adapters import adapt, frozen_tensors, require_weights
 from spryfl.models.assembly import hollow
 from spryfl.models.building import BuiltModel, build, quantize_in_place
@@ -101,10 +102,13 @@ def _base_model(
                 f"model.streamed: {config.name} is a GGUF file, whose weights cannot be used as they lie there; "
                 f"convert it first: spry quantize {config.name} OUT_DIR, or model.save_pretrained(OUT_DIR)"
             )
-        built = _whole(config, source, num_labels, dtype, task)
+        packed = config.quantization != "none"
+        # Packed bytes come from the weights as stored, not from what the model computes in.
+        built = _whole(config, source, num_labels, torch.float32 if packed else dtype, task)
         require_class(built.base.config, config.name, task)
-        if config.quantization != "none":
+        if packed:
             quantize_in_place(built.base, config.quantization, built.head)
+            _compute_in(built.base, dtype)
         built.base.to(device)
         return built
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -135,6 +139,14 @@ def _whole(config: ModelConfig, source: Source, num_labels: int, dtype: torch.dt
     return BuiltModel(base, head_modules(base, info["missing_keys"], task))
 
 
+def _compute_in(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what is not packed another type; buffers, such as rotary frequencies, keep theirs."""
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    base.config.dtype = dtype
+
+
 def resolve_device(name: str) -> torch.device:
     """The device to compute on; "auto" takes an accelerator if there is one."""
     if name == "auto":
@@ -156,7 +168,7 @@ def resolve_dtype(name: str, device: torch.device, low_precision: bool = True) -
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        fast = device.type == "cpu" and has_matrix_unit()
     return torch.bfloat16 if fast and low_precision else torch.float32
 
 
