@@ -11,13 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spryfl.bench import frontier_report, memory_report, memory_targets
+from spryfl.bench import frontier_report, frontier_targets, memory_report, memory_targets
 
 ROOT = Path(__file__).parents[1]
+
+
+def frontier_table(rows: list[Any]) -> str:
+    """The frontier's targets, with the peaks of stock inference beside them."""
+    peaks = json.loads((ROOT / "docs/results/frontier-inference.json").read_text(encoding="utf-8"))
+    return frontier_targets.targets_table(rows, peaks)
+
+
 TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("README.md", "memory", memory_report.headline),
     ("README.md", "frontier", frontier_report.headline),
     ("docs/results/README.md", "memory", memory_targets.targets_table),
+    ("docs/results/README.md", "frontier", frontier_table),
 )
 """(text, results, table of their rows)."""
 

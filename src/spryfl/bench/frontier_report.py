@@ -64,15 +64,15 @@ def equal_accuracy(rows: Sequence[Row]) -> list[str]:
     Returns:
         The lines of a paragraph and a table; nothing where there is no contender.
     """
-    by_name = {name: {r["seed"]: r["curve"] for r in found} for name, found in _by_name(rows).items()}
-    present = [name for name in CONTENDERS if name in by_name]
+    curves_of = {name: {r["seed"]: r["curve"] for r in found} for name, found in by_name(rows).items()}
+    present = [name for name in CONTENDERS if name in curves_of]
     lines = []
-    for name, curves in by_name.items():
+    for name, curves in curves_of.items():
         best = {seed: max(accuracy for _, accuracy, _ in curve) for seed, curve in curves.items()}
-        spent = {seed: _seconds_to(curve, best[seed]) or 0.0 for seed, curve in curves.items()}
+        spent = {seed: seconds_to(curve, best[seed]) or 0.0 for seed, curve in curves.items()}
         if 0.0 in spent.values():
             continue
-        cells = [_ratio(by_name[contender], best, spent) if contender != name else "" for contender in present]
+        cells = [seconds_ratio(curves_of[contender], best, spent) if contender != name else "" for contender in present]
         lines.append([name, f"{mean(best.values()):.3f}", f"{mean(spent.values()):,.0f}", *cells])
     if not present or not lines:
         return []
@@ -82,16 +82,19 @@ def equal_accuracy(rows: Sequence[Row]) -> list[str]:
     return ["Client CPU seconds to be as good as each at its best:", table]
 
 
-def _seconds_to(curve: Sequence[Sequence[Any]], accuracy: float) -> float | None:
+def seconds_to(curve: Sequence[Sequence[Any]], accuracy: float) -> float | None:
     """Client CPU seconds of a curve of (round, accuracy, seconds) until it is as good; None if it never is."""
     return next((seconds for _, reached, seconds in curve if reached >= accuracy), None)
 
 
-def _ratio(curves: Mapping[int, Sequence[Sequence[Any]]], best: Mapping[int, float], spent: Mapping[int, float]) -> str:
+def seconds_ratio(
+    curves: Mapping[int, Sequence[Sequence[Any]]], best: Mapping[int, float], spent: Mapping[int, float]
+) -> str:
+    """Seconds until curves are as good, seed by seed, over those that were spent; "never" if one of them never is."""
     shared = [seed for seed in best if seed in curves]
     if not shared:
         return ""
-    found = [_seconds_to(curves[seed], best[seed]) for seed in shared]
+    found = [seconds_to(curves[seed], best[seed]) for seed in shared]
     known = [seconds for seconds in found if seconds is not None]
     return "never" if len(known) < len(found) else f"{sum(known) / sum(spent[seed] for seed in shared):.2f}"
 
@@ -121,7 +124,7 @@ def headline(rows: Sequence[Row]) -> str:
     for name in SHOWN:
         cells = []
         for own in tasks.values():
-            found = _by_name(own).get(name, [])
+            found = by_name(own).get(name, [])
             peak = max((r["activation_peak_bytes"] for r in found), default=0) / 1e6
             cpu = mean(r["client_cpu_seconds"] for r in found) if found else 0.0
             seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
@@ -191,7 +194,8 @@ def _curve_of(row: Row) -> tuple[str, str]:
     return ", ".join([row["estimator"], *dealt]), ", ".join(rest)
 
 
-def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each estimator at each setting of its dial."""
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         found[f"{row['estimator']} {row['dial']}".strip()].append(row)

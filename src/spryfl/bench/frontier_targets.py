@@ -1,0 +1,71 @@
+"""What the frontier had to reach within forward mode's memory: each target held against the measured runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from spryfl.bench.frontier_report import ALLOWED, Row, by_name, seconds_ratio, seconds_to
+from spryfl.bench.frontier_works import SEEDS
+
+
+@dataclass(frozen=True)
+class Target:
+    """A share of backprop's gain at equal rounds: what it must be, and what is aimed at."""
+
+    task: str
+    must: float
+    aim: float
+
+
+TARGETS = (
+    Target("snli", 0.6, 0.95),
+    Target("prompted_sst2", 0.85, 1.0),
+    Target("prompted_ag_news", 0.75, 0.95),
+)
+SECONDS = "at most 2 x, aim 1 x"  # client CPU seconds against checkpointed backprop, at equal accuracy
+
+
+def targets_table(rows: Sequence[Row], stock_peaks: Mapping[str, int]) -> str:
+    """Of every task with a target, the estimators within the allowed memory that ran on all seeds, best first.
+
+    Args:
+        stock_peaks: task -> bytes that stock inference takes.
+    """
+    lines = [
+        f"| at most {ALLOWED} x stock inference's peak | share of backprop's gain: must, aim | is (each seed) "
+        f"| x inference's peak | client seconds at its best, in backprop's to be as good ({SECONDS}) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for target in TARGETS:
+        own = by_name([row for row in rows if row["task"] == target.task])
+        limit = ALLOWED * stock_peaks[target.task]
+        found = {
+            name: sorted(runs, key=lambda run: int(run["seed"]))
+            for name, runs in own.items()
+            if len(runs) == len(SEEDS)
+            and not name.startswith(("backprop", "head"))
+            and max(run["activation_peak_bytes"] for run in runs) <= limit
+        }
+        for name in sorted(found, key=lambda name: -_share(found[name])):
+            runs = found[name]
+            each = ", ".join(f"{run['share_recovered']:.2f}" for run in runs)
+            peak = max(run["activation_peak_bytes"] for run in runs) / stock_peaks[target.task]
+            missed = "" if _share(runs) >= target.must else "**missed**: "
+            lines.append(
+                f"| {target.task}: {name} | {target.must}, {target.aim} | {missed}{_share(runs):.2f} ({each}) "
+                f"| {peak:.2f} | {_seconds(runs, own['backprop'])} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _share(runs: Sequence[Row]) -> float:
+    return mean(run["share_recovered"] for run in runs)
+
+
+def _seconds(runs: Sequence[Row], backprop: Sequence[Row]) -> str:
+    """Client CPU seconds to an estimator's best evaluation, in those that backprop takes to be as good."""
+    curves = {run["seed"]: run["curve"] for run in runs}
+    best = {seed: max(accuracy for _, accuracy, _ in curve) for seed, curve in curves.items()}
+    spent = {seed: seconds_to(curve, best[seed]) or 0.0 for seed, curve in curves.items()}
+    ratio = seconds_ratio({run["seed"]: run["curve"] for run in backprop}, best, spent)
+    return f"{1 / float(ratio):.2f}" if ratio not in ("", "never") else "better than backprop ever was"
