@@ -208,6 +208,9 @@ VARIANTS: dict[str, Variant] = {
         _guess("h=0, all units", ALL_UNITS),
         _guess("h=1, all units", ALL_UNITS | {"guide.horizon": 1}),
         _guess("h=3, all units, rank 4", ALL_UNITS | {"guide.horizon": 3, "guide.rank": 4}),
+        _guess(
+            "h=3, all units, rank 4, trust 2", ALL_UNITS | {"guide.horizon": 3, "guide.rank": 4, "guide.trust": 2.0}
+        ),
         _guess("h=8, all units, rank 8", ALL_UNITS | {"guide.horizon": 8, "guide.rank": 8}, only="prompted"),
         _guess("h=0, by layer, trust 2", BY_LAYER | {"guide.trust": 2.0}),
         Variant(

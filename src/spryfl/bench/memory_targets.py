@@ -29,12 +29,12 @@ class Target:
     unit: str
     of: Callable[["Measured"], float]
 
-    def line(self, measured: "Measured") -> str:
-        """Of the table; a figure that was not measured, or missed, is called so."""
+    def line(self, measured: "Measured") -> str | None:
+        """Of the table; None where it was not measured."""
         try:
             value = self.of(measured)
         except KeyError:
-            return f"| {self.what} | {self._text(self.at_most)} | not measured |"
+            return None
         missed = "" if value <= self.at_most else "**missed**: "
         return f"| {self.what} | {self._text(self.at_most)} | {missed}{self._text(value)} |"
 
@@ -124,7 +124,7 @@ TARGETS = (
 
 
 def targets_table(rows: Sequence[Row]) -> str:
-    """Every target beside what was measured."""
+    """Every target beside what was measured; nothing where nothing of them was."""
     measured = Measured(rows)
-    lines = [target.line(measured) for target in TARGETS]
-    return "\n".join(["| | must be at most | is |", "| --- | ---: | ---: |", *lines]) + "\n"
+    lines = [line for target in TARGETS if (line := target.line(measured)) is not None]
+    return "\n".join(["| | must be at most | is |", "| --- | ---: | ---: |", *lines, ""]) if lines else ""
