@@ -10,6 +10,7 @@ import pytest
 from spryfl.bench import memory
 from spryfl.bench.measure import measure
 from spryfl.bench.memory_report import as_markdown, plot_growth
+from spryfl.bench.memory_targets import targets_table
 from spryfl.bench.works import EVERY, GROWTH_CASES, SPRY, WORKS
 from spryfl.errors import SpryError
 
@@ -87,6 +88,20 @@ def test_what_failed_is_told_in_the_table(tmp_path: Path) -> None:
     assert "Not a directory" in as_markdown(rows)
     memory.run_works(["llama2-7b"], ["inference"], partial, tmp_path / "file" / "cache")
     assert len(partial.read_text().splitlines()) == 2  # what failed is tried again
+
+
+def test_targets_beside_what_was_measured() -> None:
+    known = {"work": "bert-large", "k": 1, "units": "all"}
+    rows = [
+        {**known, "estimator": "inference", "activation_peak_bytes": 200, "cpu_seconds_per_step": 1.0},
+        {**known, "estimator": "forward", "activation_peak_bytes": 100, "cpu_seconds_per_step": 2.5},
+        {**known, "estimator": "backprop_checkpointed", "error": "killed"},
+    ]
+    assert targets_table(rows).splitlines()[2:] == [
+        "| BERT-large, forward mode's activations, in stock inference's | 1.5 | 0.5 |",
+        "| BERT-large, 24 layers: time of forward mode, in inferences | 2.2 | **missed**: 2.5 |",
+    ]
+    assert targets_table(rows[:1]) == ""
 
 
 def test_growth_as_table_and_plot(tmp_path: Path) -> None:

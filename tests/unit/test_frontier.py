@@ -9,6 +9,7 @@ import pytest
 
 from spryfl.bench.frontier import _share, read_tuning, run_frontier, settings_digest, tune, variant_config
 from spryfl.bench.frontier_report import as_markdown, equal_accuracy, headline, plot_frontier
+from spryfl.bench.frontier_targets import targets_table
 from spryfl.bench.frontier_works import TASKS, VARIANTS, settings_of
 from spryfl.config import RunConfig, parse_config, with_overrides
 from spryfl.errors import SpryError
@@ -89,6 +90,16 @@ def test_costs_at_equal_accuracy() -> None:
     assert "| forward K=1 | 0.900 | 20 | never |" in text
     assert "head alone" not in text
     assert equal_accuracy(rows[2:3]) == []
+
+
+def test_targets_name_what_fits_and_ran_on_all_seeds() -> None:
+    seeds = range(3)
+    rows = [row("snli", "backprop", 0.8, seed=seed) for seed in seeds]
+    rows += [row("snli", "guess", 0.55, dial="h=3", seed=seed, share_recovered=0.4 + 0.1 * seed) for seed in seeds]
+    rows += [row("snli", "guess", 0.7, dial="h=9", seed=seed, activation_peak_bytes=10**7) for seed in seeds]
+    rows += [row("snli", "guess", 0.7, dial="h=1")]
+    table = targets_table(rows, dict.fromkeys(TASKS, 800_000)).splitlines()
+    assert table[2:] == ["| snli: guess h=3 | 0.6, 0.95 | **missed**: 0.50 (0.40, 0.50, 0.60) | 1.25 | 1.00 |"]
 
 
 def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(
