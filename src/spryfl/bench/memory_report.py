@@ -25,20 +25,21 @@ def _works(rows: Sequence[Row]) -> str:
     measured = [row for row in rows if row["work"] not in ("growth", "truth")]
     if not measured:
         return ""
-    heads = "activation peak (MB) | resident peak (MB) | CPU seconds a step | times inference"
-    lines = [f"| work | estimator | K | units | {heads} |", "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |"]
+    heads = "activation peak (MB) | resident peak (MB) | CPU seconds a step | times inference | on"
+    rule = "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | --- |"
+    lines = [f"| work | estimator | K | units | {heads} |", rule]
     # Only CPU seconds are set against each other: by the clock of a shared machine a ratio says nothing.
     inference = {row["work"]: _seconds(row) for row in measured if _is_inference(row) and CPU in row}
     for row in measured:
         name = f"| {row['work']} | {row['estimator']} | {row['k']} | {row['units']} "
         if "error" in row:
-            lines.append(f"{name}| {row['error'][:80]} | | | |")
+            lines.append(f"{name}| {row['error'][:80]} | | | | |")
             continue
         base = inference.get(row["work"])
         times = f"{_seconds(row) / base:.2f}" if base and CPU in row else ""
         lines.append(
             f"{name}| {row['activation_peak_bytes'] / MB:,.1f} | {row['resident_peak_bytes'] / MB:,.0f} | "
-            f"{_seconds(row):.2f}{'' if CPU in row else ' by the clock'} | {times} |"
+            f"{_seconds(row):.2f}{'' if CPU in row else ' by the clock'} | {times} | {row.get('date', '')} |"
         )
     return "\n".join(lines) + "\n"
 
