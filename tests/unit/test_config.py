@@ -64,6 +64,14 @@ def test_all_problems_are_reported_at_once() -> None:
     assert "local.batch_size" in str(caught.value)
 
 
+def test_another_method_is_not_shown_under_the_files_label(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("label = 'Mine'\n")
+    assert load_config(file).label == load_config(file, ["seed=3"]).label == "Mine"
+    assert load_config(file, ["method.name=fedavg"]).label is None
+    assert load_config(file, ["method.name=fedavg", "label=FedAvg"]).label == "FedAvg"
+
+
 def test_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[server]\nnum_rounds = 3\ncohort_size = 4\n")

@@ -27,7 +27,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing or no TOML, or holds unknown keys or impossible values.
     """
     table = _read_toml(path, f"Start one with: spry init {path.name}")
-    config = parse_config(with_overrides(table, dict(map(_parse_override, overrides))))
+    chosen = dict(map(_parse_override, overrides))
+    if "method.name" in chosen:  # the file's label was for its own method
+        chosen = {"label": None} | chosen
+    config = parse_config(with_overrides(table, chosen))
     compared_configs(config)  # a mistake in a later run must show before the first one starts
     return config
 
