@@ -96,7 +96,6 @@ WORKS: dict[str, Work] = {
         Work("llama2-7b-streamed", "llama2-7b", "nf4", True, 8, 64, EVERY),
         Work("opt-13b-streamed", "opt-13b", "nf4", True, 4, 64, EVERY),
         Work("opt-13b", "opt-13b", "nf4", False, 4, 384, EVERY),
-        Work("opt-13b-10-layers", "opt-13b", "nf4", False, 4, 384, EVERY, layers=10),
         Work("llama2-7b-long", "llama2-7b", "nf4", False, 8, 384, EVERY),
         Work("llama2-7b-long-8-layers", "llama2-7b", "nf4", False, 8, 384, EVERY, layers=8),
     )
