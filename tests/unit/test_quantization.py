@@ -23,7 +23,7 @@ from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.forward_mode.packed import has_matrix_unit, product
 from spryfl.models import shards
 from spryfl.models.noise import quiet_bitsandbytes
-from spryfl.models.quantization import KINDS, packed_bytes, packed_parameter, quantize, unpack_rows, unpackers
+from spryfl.models.quantization import KINDS, packed_bytes, packed_parameter, quantize, unpackers
 from spryfl.models.quantizing import natural, quantize_checkpoint
 from spryfl.models.units import HEAD
 
@@ -44,6 +44,10 @@ def _module(kind: str, weight: Tensor) -> nn.Module:
     return module
 
 
+def _unpack(module: nn.Module, rows: slice, out: Tensor) -> None:
+    unpackers()[type(module)](module, rows, out)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -53,7 +57,7 @@ def test_unpacking(kind: str, dtype: torch.dtype, stored: torch.dtype) -> None:
     module = _module(kind, weight)
     dense = torch.empty(weight.shape, dtype=dtype)
     for start, stop in ((0, 3), (3, 100), (100, 180), (180, 250)):
-        unpack_rows(module, slice(start, stop), dense[start:stop])
+        _unpack(module, slice(start, stop), dense[start:stop])
     parts = quantize(weight, kind)
     if kind == "nf4":
         # By hand: two codes a byte, 64 values a block, the blocks' scales packed themselves.
@@ -76,7 +80,7 @@ def test_products_in_blocks(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     module: Any = _module(kind, torch.randn(250, 96, generator=generator))
     dense = torch.empty(250, 96, dtype=torch.float64)
-    unpack_rows(module, slice(0, 250), dense)
+    _unpack(module, slice(0, 250), dense)
     x = torch.randn(2, 75, 96, dtype=torch.float64, generator=generator)
     y = torch.randn(2, 75, 250, dtype=torch.float64, generator=generator)
     use_lean_operators(nn.Sequential(module), unpackers())
@@ -95,9 +99,9 @@ def test_products_in_blocks(kind: str) -> None:
 def test_products_of_16_bits_lose_nothing_but_their_own_rounding() -> None:
     module: Any = _module("nf4", torch.randn(70, 96, generator=torch.Generator().manual_seed(0)))
     dense = torch.empty(70, 96)
-    unpack_rows(module, slice(0, 70), dense)
+    _unpack(module, slice(0, 70), dense)
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.equal(product(x, module, unpack_rows), (x.float() @ dense.t()).bfloat16())
+    assert torch.equal(product(x, module, _unpack), (x.float() @ dense.t()).bfloat16())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +116,7 @@ def test_a_repacked_weight_is_refused() -> None:
     module: Any = _module("nf4", torch.randn(32, 64))
     module.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ModelError, match="repacked"):
-        unpack_rows(module, slice(0, 32), torch.empty(32, 64))
+        _unpack(module, slice(0, 32), torch.empty(32, 64))
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:

@@ -2,7 +2,7 @@
 
 NF4 (Dettmers et al. 2023, QLoRA): blocks of 64 weights share a scale, and the scales themselves are held in
 8 bits (double quantization). int8: one scale a row. Only weights are quantized: a product unpacks its weight
-(`unpack_rows`) and is otherwise PyTorch's own, so activations and tangents keep the model's dtype. Packed
+(`unpackers`) and is otherwise PyTorch's own, so activations and tangents keep the model's dtype. Packed
 bytes come from the weights as stored, so they do not depend on what the model computes in.
 """
 
@@ -33,25 +33,11 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def unpack_rows(module: nn.Module, rows: slice, out: Tensor) -> None:
-    """Write some rows of a quantized linear module's frozen weight, dense.
-
-    Args:
-        module: bitsandbytes' Linear4bit or Linear8bitLt, with its weight in memory.
-        rows: of the weight (out_features, in_features), one after the other.
-        out: (rows, in_features), overwritten; rounded once to its dtype.
-
-    Raises:
-        ModelError: the module is of another kind, or its weight was repacked by bitsandbytes' own forward.
-    """
-    for kind, unpack in unpackers().items():
-        if isinstance(module, kind):
-            return unpack(module, rows, out)
-    raise ModelError(f"{type(module).__name__} is no quantized linear module")
-
-
 def unpackers() -> dict[type, UnpackRows]:
-    """How each quantized class is unpacked; empty while bitsandbytes has not been imported."""
+    """How each of bitsandbytes' linear modules is unpacked, rounded once; empty while that has not been imported.
+
+    They raise ModelError where the weight is not in memory, or was repacked by bitsandbytes' own forward.
+    """
     library = sys.modules.get("bitsandbytes")
     return {} if library is None else {library.nn.Linear4bit: _unpack_4bit, library.nn.Linear8bitLt: _unpack_int8}
 
