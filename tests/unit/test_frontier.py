@@ -98,8 +98,17 @@ def test_targets_name_what_fits_and_ran_on_all_seeds() -> None:
     rows += [row("snli", "guess", 0.55, dial="h=3", seed=seed, share_recovered=0.4 + 0.1 * seed) for seed in seeds]
     rows += [row("snli", "guess", 0.7, dial="h=9", seed=seed, activation_peak_bytes=10**7) for seed in seeds]
     rows += [row("snli", "guess", 0.7, dial="h=1")]
+    slow = {"share_recovered": 0.9, "curve": [[0, 0.3, 0.0], [9, 0.8, 30.0]]}
+    rows += [row("snli", "slow", 0.8, seed=seed, **slow) for seed in seeds]
+    still = {"share_recovered": 0.0, "curve": [[0, 0.3, 0.0], [9, 0.3, 30.0]]}
+    rows += [row("snli", "zeroth order", 0.3, seed=seed, **still) for seed in seeds]
     table = targets_table(rows, dict.fromkeys(TASKS, 800_000)).splitlines()
-    assert table[2:] == ["| snli: guess h=3 | 0.6, 0.95 | **missed**: 0.50 (0.40, 0.50, 0.60) | 1.25 | 1.00 |"]
+    assert table[2:] == [
+        "| snli: slow | 0.6, 0.95 | 0.90 (0.90, 0.90, 0.90) | 1.25 | **missed**: 3.00 |",
+        "| snli: guess h=3 | 0.6, 0.95 | **missed**: 0.50 (0.40, 0.50, 0.60) | 1.25 | 1.00 |",
+        "| snli: zeroth order | 0.6, 0.95 | **missed**: 0.00 (0.00, 0.00, 0.00) | 1.25 "
+        "| never better than at its start |",
+    ]
 
 
 def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(

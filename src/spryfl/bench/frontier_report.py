@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -68,11 +69,11 @@ def equal_accuracy(rows: Sequence[Row]) -> list[str]:
     present = [name for name in CONTENDERS if name in curves_of]
     lines = []
     for name, curves in curves_of.items():
-        best = {seed: max(accuracy for _, accuracy, _ in curve) for seed, curve in curves.items()}
-        spent = {seed: seconds_to(curve, best[seed]) or 0.0 for seed, curve in curves.items()}
-        if 0.0 in spent.values():
+        best, spent = best_evaluations(curves)
+        if not all(spent.values()):
             continue
-        cells = [seconds_ratio(curves_of[contender], best, spent) if contender != name else "" for contender in present]
+        ratios = {other: seconds_ratio(curves_of[other], best, spent) for other in present if other != name}
+        cells = ["" if (ratio := ratios.get(other)) is None else _times(ratio) for other in present]
         lines.append([name, f"{mean(best.values()):.3f}", f"{mean(spent.values()):,.0f}", *cells])
     if not present or not lines:
         return []
@@ -82,21 +83,35 @@ def equal_accuracy(rows: Sequence[Row]) -> list[str]:
     return ["Client CPU seconds to be as good as each at its best:", table]
 
 
-def seconds_to(curve: Sequence[Sequence[Any]], accuracy: float) -> float | None:
-    """Client CPU seconds of a curve of (round, accuracy, seconds) until it is as good; None if it never is."""
-    return next((seconds for _, reached, seconds in curve if reached >= accuracy), None)
+Curve = Sequence[Sequence[Any]]
+"""(round, accuracy, client CPU seconds so far) of each evaluation."""
 
 
-def seconds_ratio(
-    curves: Mapping[int, Sequence[Sequence[Any]]], best: Mapping[int, float], spent: Mapping[int, float]
-) -> str:
-    """Seconds until curves are as good, seed by seed, over those that were spent; "never" if one of them never is."""
+def best_evaluations(curves: Mapping[int, Curve]) -> tuple[dict[int, float], dict[int, float]]:
+    """Each seed's best accuracy, and the seconds to it: 0 where no round was better than the start."""
+    best = {seed: max(accuracy for _, accuracy, _ in curve) for seed, curve in curves.items()}
+    return best, {seed: _seconds_to(curve, best[seed]) for seed, curve in curves.items()}
+
+
+def seconds_ratio(curves: Mapping[int, Curve], best: Mapping[int, float], spent: Mapping[int, float]) -> float | None:
+    """Seconds until curves are as good, over those that were spent, seeds that both have added up.
+
+    Returns:
+        Infinity where one of the curves never is as good; None where no seed is shared.
+    """
     shared = [seed for seed in best if seed in curves]
     if not shared:
-        return ""
-    found = [seconds_to(curves[seed], best[seed]) for seed in shared]
-    known = [seconds for seconds in found if seconds is not None]
-    return "never" if len(known) < len(found) else f"{sum(known) / sum(spent[seed] for seed in shared):.2f}"
+        return None
+    return sum(_seconds_to(curves[seed], best[seed]) for seed in shared) / sum(spent[seed] for seed in shared)
+
+
+def _seconds_to(curve: Curve, accuracy: float) -> float:
+    """Seconds of a curve until it is as good; infinity if it never is."""
+    return next((float(seconds) for _, reached, seconds in curve if reached >= accuracy), inf)
+
+
+def _times(ratio: float) -> str:
+    return "never" if ratio == inf else f"{ratio:.2f}"
 
 
 SHOWN = (
