@@ -30,11 +30,12 @@ SHAPE = LlamaConfig(
 LAYER_WEIGHTS = 4 * 640 * 640 + 3 * 640 * 1728
 PACKED = LAYERS * LAYER_WEIGHTS * 0.53  # bytes of the layers in NF4: 32 MB of 238
 WEIGHT = 640 * 1728 * 4  # bytes of the largest weight in float32: 4.4 MB
-GAPS = 25 * MB  # blocks below the allocator's threshold leave some; they do not grow with the model
+GAPS = 25 * MB  # what blocks below the allocator's threshold leave at a peak; it does not grow with the model
+REST = 5 * MB  # what is left beside the model afterwards
 TABLE_BYTES = 16000 * 640 * 4  # 41 MB in float32
 
 PROGRAM = """
-import json, sys
+import ctypes, json, sys
 import torch
 from pathlib import Path
 from spryfl.config import AdapterConfig, ModelConfig
@@ -46,6 +47,9 @@ import bitsandbytes, transformers.models.llama.modeling_llama
 def resident(field):
     lines = dict(line.split(":") for line in open("/proc/self/status"))
     return int(lines[field].split()[0]) * 1024
+
+def give_back():  # small blocks that are free, which the C library else keeps: more or less of them in each run
+    ctypes.CDLL(None).malloc_trim(0)
 
 def perform(folder, what, options):
     if what == "quantize":
@@ -63,10 +67,13 @@ warm, folder, what, options = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3],
 torch.set_num_threads(1)
 return_large_blocks()
 perform(warm, what, {**options, **({"target": options["target"] + "-warm"} if "target" in options else {})})
+give_back()
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew, without the libraries' own code
 before = resident("VmRSS")
 kept = perform(folder, what, options)
-print(json.dumps([resident("VmHWM") - before, resident("VmRSS") - before]))
+peak = resident("VmHWM")
+give_back()
+print(json.dumps([peak - before, resident("VmRSS") - before]))
 """
 
 
@@ -100,25 +107,26 @@ def test_a_streamed_model_holds_two_layers(stored: Any) -> None:
     """One that computes and one being fetched; of the 41 MB table of embeddings, the rows looked up."""
     peak, after = _growth(stored["float32"], "run", streamed=True)
     assert peak < 2.6 * LAYER_WEIGHTS * 4
-    assert after < 0.3 * LAYER_WEIGHTS * 4
+    assert after < REST
 
 
 def test_a_packed_streamed_model_holds_next_to_nothing(stored: Any) -> None:
     """Two packed layers of 2.6 MB, and one unpacked weight of 4.4 MB."""
-    peak, _ = _growth(stored["nf4"], "run", streamed=True)
-    assert peak < LAYER_WEIGHTS * 4
+    peak, after = _growth(stored["nf4"], "run", streamed=True)
+    assert peak < 2 * PACKED / LAYERS + WEIGHT + GAPS
+    assert after < REST
 
 
 def test_a_packed_model_is_never_there_unpacked(stored: Any) -> None:
     peak, after = _growth(stored["nf4"], "run")
-    assert after < PACKED + 5 * MB
-    assert peak < PACKED + 3 * WEIGHT
+    assert after < PACKED + REST
+    assert peak < PACKED + WEIGHT + GAPS
 
 
 def test_quantizing_while_loading_never_holds_the_model(stored: Any) -> None:
     """The packed model and a few copies of one weight; the table of embeddings stays in the file."""
     peak, after = _growth(stored["float32"], "load", quantization="nf4")
-    assert after < PACKED + GAPS
+    assert after < PACKED + REST
     assert peak < PACKED + 6 * WEIGHT + GAPS
 
 
