@@ -86,6 +86,7 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
         ({"dataset": [{"name": "a", "tagret": 1}]}, "unknown key 'dataset.0.tagret'. Did you mean 'target'?"),
         ({"search": {"trails": 3}}, "unknown key 'search.trails'. Did you mean 'trials'?"),
         ({"seeds": [1, 1]}, "seeds: must differ, but 1 stands there twice"),
+        ({"seeds": [0, 1], "dataset": [{"name": "a", "seeds": [0, 2]}]}, "dataset 'a': seeds has 2, which the suite's"),
         ({"dataset": []}, "dataset: Tuple should have at least 1 item"),
         ({"method": [{"name": "spry"}, {"name": "fedyogi", "label": "spry"}]}, "method labels: must differ, but spry"),
         ({"base": {"seed": 1}}, r"base.seed: a suite has seeds = \[0, 1, 2\]; leave it out"),
@@ -201,6 +202,13 @@ def test_a_datasets_trials_may_take_longer(tmp_path: Path) -> None:
     suite = read(tmp_path, search={"rounds": 2}, dataset=datasets, seeds=[0])
     rounds = {cell.dataset.name: search_config(suite, cell, {}).server.num_rounds for cell in suite.cells()}
     assert rounds == {"a": 2, "b": 3, "c": 3}
+
+
+def test_a_dataset_may_have_fewer_seeds(tmp_path: Path) -> None:
+    suite = read(
+        tmp_path, seeds=[3, 4], dataset=[{"name": "a"}, {"name": "b", "seeds": [4]}], method=[{"name": "spry"}]
+    )
+    assert [cell.name for cell in suite.cells()] == ["a/spry/3", "a/spry/4", "b/spry/4"]
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)

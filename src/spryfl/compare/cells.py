@@ -67,7 +67,13 @@ class Suite:
     def cells(self) -> list[Cell]:
         """All of them, as they stand in the file."""
         config = self.config
-        return [Cell(d, m, seed) for seed in config.seeds for d in config.dataset for m in config.method]
+        return [
+            Cell(dataset, method, seed)
+            for seed in config.seeds
+            for dataset in config.dataset
+            if dataset.seeds is None or seed in dataset.seeds
+            for method in config.method
+        ]
 
     def run_config(self, cell: Cell, more: Mapping[str, Any] | None = None) -> RunConfig:
         """A cell's run: what all share, then the dataset's own, the method's, what was found, and the seed.

@@ -71,6 +71,7 @@ class DatasetEntry(Part):
     target: float | None = Field(None, description="score whose cost in time and bytes is told")
     tuned_on: str | None = Field(None, description="the [[dataset]] whose search serves this one too; its own if none")
     search_rounds: int | None = Field(None, ge=1, description="of each trial, where it takes longer to leave chance")
+    seeds: tuple[int, ...] | None = Field(None, min_length=1, description="some of the suite's; all of them if none")
     set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value")
 
 
@@ -137,6 +138,12 @@ class SuiteConfig(Part):
                     )
         datasets = {entry.name: entry for entry in self.dataset}
         for dataset in self.dataset:
+            foreign = sorted(set(dataset.seeds or ()) - set(self.seeds))
+            if foreign:
+                raise ValueError(
+                    f"dataset '{dataset.name}': seeds has {', '.join(map(str, foreign))}, which the suite's seeds have "
+                    "not: add them there, or leave them out"
+                )
             if dataset.search_rounds is not None and (self.search is None or dataset.tuned_on is not None):
                 raise ValueError(
                     f"dataset '{dataset.name}' has search_rounds, but no search of its own: leave that out, or "
