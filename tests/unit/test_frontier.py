@@ -23,7 +23,10 @@ def test_every_run_is_valid_and_shares_clients_and_rounds(task: str, name: str) 
         pytest.skip("not tried there")
     config = parse_config(with_overrides({}, settings_of(TASKS[task], variant, "data", 1e-2, 1)))
     first = parse_config(with_overrides({}, settings_of(TASKS[task], VARIANTS["backprop"], "data", 1e-2, 1)))
-    assert (config.data, config.partition, config.server, config.local, config.seed) == (
+    rounds = config.server.num_rounds
+    assert rounds == first.server.num_rounds or variant.dial == f"{rounds} rounds"  # more of them only if it says so
+    server = config.server.model_copy(update={"num_rounds": first.server.num_rounds})
+    assert (config.data, config.partition, server, config.local, config.seed) == (
         first.data,
         first.partition,
         first.server,
@@ -101,14 +104,20 @@ def test_targets_name_what_fits_and_ran_on_all_seeds() -> None:
     slow = {"share_recovered": 0.9, "curve": [[0, 0.3, 0.0], [9, 0.8, 30.0]]}
     rows += [row("snli", "slow", 0.8, seed=seed, **slow) for seed in seeds]
     still = {"share_recovered": 0.0, "curve": [[0, 0.3, 0.0], [9, 0.3, 30.0]]}
-    rows += [row("snli", "zeroth order", 0.3, seed=seed, **still) for seed in seeds]
-    table = targets_table(rows, dict.fromkeys(TASKS, 800_000)).splitlines()
-    assert table[2:] == [
+    rows += [row("snli", "forward", 0.3, seed=seed, **still) for seed in seeds]
+    peaks = dict.fromkeys(TASKS, 800_000)
+    shown = [
         "| snli: slow | 0.6, 0.95 | 0.90 (0.90, 0.90, 0.90) | 1.25 | **missed**: 3.00 |",
         "| snli: guess h=3 | 0.6, 0.95 | **missed**: 0.50 (0.40, 0.50, 0.60) | 1.25 | 1.00 |",
-        "| snli: zeroth order | 0.6, 0.95 | **missed**: 0.00 (0.00, 0.00, 0.00) | 1.25 "
-        "| never better than at its start |",
+        "| snli: forward | 0.6, 0.95 | **missed**: 0.00 (0.00, 0.00, 0.00) | 1.25 | never better than at its start |",
     ]
+    assert targets_table(rows, peaks).splitlines()[2:] == [f"{line}  |" for line in shown]
+    rows += [row("snli", "zeroth order", 0.3, **still)]
+    never = " FedMeZO never better than at its start |"
+    assert targets_table(rows, peaks).splitlines()[2:] == [line + never for line in shown]
+    rows[-1]["curve"] = [[0, 0.3, 0.0], [9, 0.31, 100.0]]
+    ends = [" **missed**: 0.30 |", " 0.10 |", " **missed**: never as good |"]
+    assert targets_table(rows, peaks).splitlines()[2:] == [a + b for a, b in zip(shown, ends, strict=True)]
 
 
 def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(

@@ -188,7 +188,7 @@ def _share(row: Row, rows: Sequence[Row]) -> float | None:
 
     A gain counts from training the head alone, or from the zero-shot prompt where there is no head.
     """
-    same = [r for r in rows if (r["task"], r["seed"]) == (row["task"], row["seed"])]
+    same = [r for r in rows if all(r[key] == row[key] for key in ("task", "seed", "rounds"))]
     best = next((r["accuracy"] for r in same if r["estimator"] == "backprop"), None)
     start = row["accuracy_before"]
     if TASKS[row["task"]].has_head:

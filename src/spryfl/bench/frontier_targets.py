@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import mean
 
-from spryfl.bench.frontier_report import ALLOWED, Row, best_evaluations, by_name, seconds_ratio
+from spryfl.bench.frontier_report import ALLOWED, Curve, Row, best_evaluations, by_name, seconds_ratio
 from spryfl.bench.frontier_works import SEEDS
 
 
@@ -24,6 +24,8 @@ TARGETS = (
     Target("prompted_ag_news", 0.75, 0.95),
 )
 MOST_SECONDS, AIM_SECONDS = 2, 1  # of the clients' CPU, in checkpointed backprop's at equal accuracy
+MOST_OF_FEDMEZO, AIM_OF_FEDMEZO = 1 / 5, 1 / 20  # the same in FedMeZO's
+FEDMEZO = ("zeroth order 150 rounds", "zeroth order")  # the first that was run on a task: the longer
 
 
 def targets_table(rows: Sequence[Row], stock_peaks: Mapping[str, int]) -> str:
@@ -35,19 +37,21 @@ def targets_table(rows: Sequence[Row], stock_peaks: Mapping[str, int]) -> str:
     lines = [
         f"| at most {ALLOWED} x stock inference's peak | share of backprop's gain: must, aim | is (each seed) "
         "| x inference's peak | client seconds at its best, in backprop's to be as good: "
-        f"at most {MOST_SECONDS}, aim {AIM_SECONDS} |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        f"at most {MOST_SECONDS}, aim {AIM_SECONDS} | to be as good as FedMeZO at its best, in FedMeZO's: "
+        f"at most {MOST_OF_FEDMEZO:.2f}, aim {AIM_OF_FEDMEZO:.2f} |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for target in TARGETS:
         own = by_name([row for row in rows if row["task"] == target.task])
         if "backprop" not in own:  # there is no gain to have a share of
             continue
+        fedmezo = next((own[name] for name in FEDMEZO if name in own), [])
         limit = ALLOWED * stock_peaks[target.task]
         found = {
             name: sorted(runs, key=lambda run: int(run["seed"]))
             for name, runs in own.items()
             if len(runs) == len(SEEDS)
-            and not name.startswith(("backprop", "head"))
+            and not name.startswith(("backprop", "head", "zeroth order"))
             and max(run["activation_peak_bytes"] for run in runs) <= limit
         }
         for name in sorted(found, key=lambda name: -_share(found[name])):
@@ -57,7 +61,7 @@ def targets_table(rows: Sequence[Row], stock_peaks: Mapping[str, int]) -> str:
             missed = "" if _share(runs) >= target.must else "**missed**: "
             lines.append(
                 f"| {target.task}: {name} | {target.must}, {target.aim} | {missed}{_share(runs):.2f} ({each}) "
-                f"| {peak:.2f} | {_seconds(runs, own['backprop'])} |"
+                f"| {peak:.2f} | {_in_backprops(runs, own['backprop'])} | {_in_fedmezos(runs, fedmezo)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -66,13 +70,31 @@ def _share(runs: Sequence[Row]) -> float:
     return mean(run["share_recovered"] for run in runs)
 
 
-def _seconds(runs: Sequence[Row], backprop: Sequence[Row]) -> str:
+def _in_backprops(runs: Sequence[Row], backprop: Sequence[Row]) -> str:
     """Client CPU seconds to an estimator's best evaluation, in those that backprop takes to be as good."""
-    best, spent = best_evaluations({run["seed"]: run["curve"] for run in runs})
+    best, spent = best_evaluations(_curves(runs))
     if not all(spent.values()):
         return "never better than at its start"
-    ratio = seconds_ratio({run["seed"]: run["curve"] for run in backprop}, best, spent)
+    ratio = seconds_ratio(_curves(backprop), best, spent)
     if ratio is None:
         return ""
-    missed = "" if 1 / ratio <= MOST_SECONDS else "**missed**: "
-    return f"{missed}{1 / ratio:.2f}" if ratio < inf else "better than backprop ever was"
+    return _marked(1 / ratio, MOST_SECONDS) if ratio < inf else "better than backprop ever was"
+
+
+def _in_fedmezos(runs: Sequence[Row], fedmezo: Sequence[Row]) -> str:
+    """Client CPU seconds until an estimator is as good as FedMeZO at its best, in those that FedMeZO takes."""
+    best, spent = best_evaluations(_curves(fedmezo))
+    if not all(spent.values()):
+        return "FedMeZO never better than at its start"
+    ratio = seconds_ratio(_curves(runs), best, spent)
+    if ratio is None:
+        return ""
+    return _marked(ratio, MOST_OF_FEDMEZO) if ratio < inf else "**missed**: never as good"
+
+
+def _curves(runs: Sequence[Row]) -> dict[int, Curve]:
+    return {run["seed"]: run["curve"] for run in runs}
+
+
+def _marked(seconds: float, most: float) -> str:
+    return f"{'' if seconds <= most else '**missed**: '}{seconds:.2f}"
