@@ -226,7 +226,6 @@ VARIANTS: dict[str, Variant] = {
             "150 rounds",  # five times as many: after 30 it stands where it began, and nothing can be set against it
             {"method.name": "fedmezo", "server.num_rounds": 150, "evaluation.every": 15},
             rates_of="zeroth order",
-            only="prompted",
         ),
         _guess("h=1", {"guide.horizon": 1}),
         _guess("h=2", {"guide.horizon": 2}),
