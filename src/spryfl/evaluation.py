@@ -1,8 +1,10 @@
 """Which evaluations of clients are due in a run, and having them done where its clients run."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from spryfl.config import EvaluationConfig
+from spryfl.data.task import NOT_AVERAGED
 from spryfl.federated.evaluation import (
     ClientsEvaluation,
     evaluate_generalized,
@@ -33,7 +35,12 @@ def evaluate_clients(
         found["generalized"] = evaluate_generalized(state, clients, runtime, metric, federation.deadline_seconds)
     if _is_due(config, "personalized", last):
         found["personalized"] = evaluate_personalized(state, federation, clients, runtime, metric)
-    return found
+    return {name: _averaged(own) for name, own in found.items()}
+
+
+def _averaged(own: ClientsEvaluation) -> ClientsEvaluation:
+    """Without what is no mean over clients."""
+    return replace(own, metrics={name: value for name, value in own.metrics.items() if name not in NOT_AVERAGED})
 
 
 def _is_due(config: EvaluationConfig, kind: str, last: bool) -> bool:

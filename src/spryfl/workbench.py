@@ -40,7 +40,7 @@ from spryfl.safeguards import (
 from spryfl.tasks import TASKS, Encode
 
 
-def _partition(config: RunConfig, rows: Rows) -> tuple[Partition, Partition]:
+def share_out(config: RunConfig, rows: Rows) -> tuple[Partition, Partition]:
     """The rows that each client trains on, and those that it is evaluated on."""
     column = config.partition.column
     if column is not None and column not in rows.train.column_names:
@@ -104,7 +104,7 @@ class Workbench:
     def from_config(cls, config: RunConfig) -> "Workbench":
         """Load everything a run needs; every problem with data or model shows here, before any work."""
         rows = load_rows(config.data, config.seed, config.task)
-        bench = cls._of_rows(config, rows, *_partition(config, rows))
+        bench = cls._of_rows(config, rows, *share_out(config, rows))
         require_checkpoint_budget(config, bench.adapted, [*map(bench.batch_tokens, range(len(bench.partition)))])
         require_enough_dimensions(config, bench.federation, bench.adapted.model)
         require_majorities(config, bench.federation)
@@ -126,7 +126,7 @@ class Workbench:
             sides = hold_out([*others, np.arange(len(rows.train))], config.evaluation.held_out, config.seed)
         else:
             whole = load_rows(config.data, config.seed, config.task)
-            training, held_out = (side[client] for side in _partition(config, whole))
+            training, held_out = (side[client] for side in share_out(config, whole))
             own = np.sort(np.concatenate([training, held_out]))
             rows = replace(whole, train=whole.train.select(own), test=whole.test.select([]))
             sides = ([*others, np.searchsorted(own, training)], [*others, np.searchsorted(own, held_out)])

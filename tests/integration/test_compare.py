@@ -19,7 +19,9 @@ from spryfl.compare.running import compare
 from spryfl.compare.search import read_outcome, spread_point
 from spryfl.config import SuiteConfig
 from spryfl.errors import SpryError
+from spryfl.run import hold_to
 from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.run_directory import RunDirectory
 
 
 class Watcher:
@@ -144,6 +146,14 @@ def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(
     assert [read_outcome(stopped, cell) for cell in stopped.cells()] == [spry, yogi]
     assert not list(stopped.out.glob("search/*/*/trial-*"))
 
+    plain = Suite(SuiteConfig.model_validate(table | {"seeds": [0]}), tmp_path / "plain")
+    (cell,) = chosen_cells(plain.cells(), ["spry"])
+    plain.folder(cell).mkdir(parents=True)
+    hold_to(RunDirectory(plain.folder(cell)), plain.run_config(cell))
+    searched = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search}), plain.out)
+    with pytest.raises(SpryError, match="a run whose settings were not searched"):
+        check_cells(searched, searched.cells())
+
     changed = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search | {"trials": 3}}), whole.out)
     with pytest.raises(SpryError, match=r"search of other settings \(trials differ\)"):
         compare(changed, changed.cells())
@@ -193,7 +203,7 @@ def test_data_are_read_as_their_task_reads_them(table: dict[str, Any], tmp_path:
     reading = {"task.kind": "qa", "data.text_columns": ["question", "context"], "data.label_column": "answers"}
     datasets = []
     for name, last in (("mended", row), ("broken", wrong)):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [row] * 11 + [last])))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [row] * 39 + [last])))
         own = {"data.name": str(tmp_path / f"{name}.jsonl"), "data.test_split": "train", "partition.kind": "iid"}
         datasets.append({"name": name, "set": reading | own})
     suite = Suite(SuiteConfig.model_validate(table | {"dataset": datasets}), tmp_path / "out")

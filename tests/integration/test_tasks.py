@@ -23,6 +23,8 @@ from spryfl.config import RunConfig, parse_config, with_overrides
 from spryfl.data.loading import load_rows
 from spryfl.data.question_answering import QuestionAnswering
 from spryfl.errors import ConfigError, DataError
+from spryfl.evaluation import _averaged
+from spryfl.federated.evaluation import ClientsEvaluation
 from spryfl.federated.rounds import run_round
 from spryfl.map_keeper import MapKeeper
 from spryfl.runtime.in_process import InProcessRuntime
@@ -275,7 +277,7 @@ def test_impossible_configurations(
         ("qa", {"context": " ", "answers": {"text": [], "answer_start": []}}, "column 'context' is empty"),
         ("language_model", {"answer": " "}, "column 'answer' is empty"),
         ("language_model", {"answer": None}, "holds None, not text"),
-        ("three", {"label": 5}, "labels are 0 to"),
+        ("three", {"label": 5}, "row 47 with 5; labels are 0, 1"),
     ],
 )
 def test_rows_that_cannot_be_read(
@@ -295,6 +297,11 @@ def test_rows_that_cannot_be_read(
     assert message in str(caught.value)
     assert "47" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_mean_over_clients_is_not_told_of_them() -> None:
+    found = ClientsEvaluation(0.5, {"f1": 0.3, "exact_match": 0.2, "f1_answerable": 0.4, "best_null_threshold": 1.0})
+    assert dict(_averaged(found).metrics) == {"f1": 0.3, "exact_match": 0.2}
 
 
 def test_an_empty_split(tmp_path: Path, make: Callable[..., RunConfig]) -> None:

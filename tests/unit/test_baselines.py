@@ -168,7 +168,7 @@ def test_fwdllm_waits_until_its_gradients_agree(tiny_config: Callable[..., RunCo
     assert [report.num_pooled for report in reports] == [3, 6]
     assert all(torch.equal(value, start.values[name]) for name, value in state.values.items())
     assert state.last_change == {}
-    assert set(reports[0].untrained) == set(never.federation.units)
+    assert [report.untrained for report in reports] == [(), ()]  # what they trained waits
     variance = Halves(state.pool).variance
     assert variance is not None
     once = Workbench.from_config(tiny_config(method__name="fwdllm", method__variance_threshold=1.01 * variance))

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from spryfl.config import DataConfig
 from spryfl.data.builtin import FOLDER
-from spryfl.data.loading import load_rows
+from spryfl.data.loading import load_own_rows, load_rows
 from spryfl.errors import DataError
 
 ROWS = [{"text": f"row {i}", "label": i % 2} for i in range(20)]
@@ -57,6 +58,38 @@ def test_a_part_of_train_may_stand_for_the_test_split(tmp_path: Path) -> None:
     assert len(rows.test) == len(ROWS) // 5
 
 
+def test_rows_to_validate_on_are_none_of_the_test_rows(tmp_path: Path) -> None:
+    config = DataConfig(name=str(write(tmp_path, "data.jsonl", ROWS)), test_seed=3)
+    unseen = {text for seed in range(4) for text in load_rows(config, seed).test["text"][:]}
+    assert len(unseen) == 4  # the same whatever the run's seed
+    validated = [load_rows(config.model_copy(update={"validation_fraction": 0.25}), seed) for seed in range(4)]
+    for rows in validated:
+        assert (len(rows.train), len(rows.test)) == (12, 4)
+        assert not unseen & set(rows.train["text"][:] + rows.test["text"][:])
+    assert validated[0].test["text"][:] != validated[1].test["text"][:]
+    write(tmp_path / "split", "train.jsonl", ROWS)
+    write(tmp_path / "split", "test.jsonl", [{"text": "unseen", "label": 0}] * 4)
+    rows = load_rows(DataConfig(name=str(tmp_path / "split"), validation_fraction=0.25), 0)
+    assert sorted(rows.train["text"][:] + rows.test["text"][:]) == sorted(row["text"] for row in ROWS)
+
+
+def test_a_test_split_whose_labels_are_withheld(tmp_path: Path) -> None:
+    write(tmp_path, "train.parquet", ROWS)
+    write(tmp_path, "test.parquet", [{"text": "a", "label": -1}] * 3)
+    with pytest.raises(DataError, match=r"3 of 3 test rows .* set data.test_split = 'validation'"):
+        load_rows(DataConfig(name=str(tmp_path)), 0)
+
+
+def test_clients_own_classes_by_name(tmp_path: Path) -> None:
+    """A file that numbers its classes in another order than the server's, and one of plain text."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    Dataset.from_dict({"text": ["good", "bad"], "label": [0, 1]}, features).to_parquet(str(tmp_path / "own.parquet"))
+    write(tmp_path, "own.jsonl", [{"text": "good", "label": "pos"}, {"text": "bad", "label": "neg"}])
+    for ending in ("parquet", "jsonl"):
+        rows = load_own_rows(DataConfig(name=str(tmp_path / f"own.{ending}")), ("neg", "pos"))
+        assert rows.train["label"][:] == [1, 0]
+
+
 def test_a_part_of_the_test_split_holds_whole_questions(tmp_path: Path) -> None:
     """Of rows of three texts, those alike in the first two: all or none."""
     rows = [{"paragraph": f"p{i // 8}", "question": f"q{i // 4}", "answer": f"a{i}", "label": i % 2} for i in range(80)]
@@ -87,11 +120,18 @@ def test_labels_may_be_text(tmp_path: Path) -> None:
     [
         (ROWS, {"text_columns": ("txt",)}, "no column 'txt'. Did you mean 'text'"),
         (ROWS, {"label_column": "lable"}, "data.label_column: split train has no column 'lable'"),
-        ([*ROWS, {"text": "a", "label": -1}], {}, "1 of 17 train rows have a label out of range, first row"),
-        ([{"text": "a", "label": 1}] * 20, {}, "same label"),
-        ([{"text": "a", "label": 0.5}] * 20, {}, "out of range"),
-        ([{"text": None, "label": 0}, *ROWS], {}, "holds None, not text"),
-        (ROWS[:1], {}, "too few"),
+        ([*ROWS, {"text": "a", "label": -1}], {}, "1 of 21 train rows have a label that train has not, first row 20"),
+        ([*ROWS, {"text": "a", "label": None}], {}, "1 of 21 train rows have no label, first row 20 with None"),
+        ([{"text": "a", "label": 0}] * 20, {}, "same label"),
+        (
+            [{"text": "a", "label": 1 + i % 2} for i in range(20)],
+            {},
+            "train's labels begin at 1; number",
+        ),
+        ([{"text": "a", "label": 0.5}] * 20, {}, "train row 0 has the label 0.5, which is no class"),
+        ([{"text": None, "label": 0}, *ROWS], {}, "train row 0, column 'text' holds None, not text"),
+        ([*ROWS, {"text": None, "label": 0}], {}, "train row 20, column 'text' holds None, not text"),
+        (ROWS[:2], {}, "too few"),
     ],
 )
 def test_mistakes_in_data(tmp_path: Path, rows: list[dict[str, object]], options: dict, message: str) -> None:
@@ -120,6 +160,12 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="cannot be read as parquet"):
         load_rows(DataConfig(name=str(tmp_path / "data.parquet")), 0)
+    for name in ("data.csv", "data.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    for name in ("data.csv", "data.jsonl", "none.parquet"):
+        with pytest.raises(DataError, match=f"{name}: no rows in it"):
+            load_rows(DataConfig(name=str(tmp_path / name)), 0)
     (tmp_path / "data.xlsx").write_bytes(b"")
     with pytest.raises(DataError, match="not Parquet, CSV or JSONL"):
         load_rows(DataConfig(name=str(tmp_path / "data.xlsx")), 0)

@@ -68,7 +68,7 @@ def test_a_text_alone_counts_from_its_second_token() -> None:
 
 @pytest.mark.parametrize(
     ("texts", "limit", "message"),
-    [(["good"], 4, "the template alone takes"), (["good"], 100, "reads at most 64"), (["x"], 40, "row 0 has no token")],
+    [(["good"], 4, "the template alone takes"), (["good"], 100, "reads at most 64"), (["x"], 40, "has no token left of it")],
 )
 def test_rows_that_cannot_be_written(texts: list[str], limit: int, message: str) -> None:
     alone = message.startswith("row 0")

@@ -1,5 +1,6 @@
 """Templates, truncation, label words; the loss on the label word: padding, slopes and gradients in float64."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import families
 from families import DECODERS, FAMILIES, autograd_gradient, build, trainable
 from prompted import TEMPLATE, WORDS, byte_tokenizer, left_padded, save_decoder
 from spryfl.config import AdapterConfig, DataConfig, ModelConfig, TaskConfig, parse_config
+from spryfl.data.classification import tokenize
 from spryfl.data.examples import Examples
+from spryfl.data.loading import load_rows
 from spryfl.data.prompted import (
     PromptedClassification,
     Prompts,
@@ -73,6 +76,18 @@ def test_mistakes(task: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"task": task})
     assert message in str(caught.value)
+
+
+def test_empty_texts_are_named(tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "good", "label": 0}, {"text": " ", "label": 1}] * 3
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(name=str(tmp_path))
+    with pytest.raises(DataError, match="train row 1: its prompt is empty: drop the row"):
+        load_rows(data, 0, task_of("{text}"))
+    assert load_rows(data, 0, task_of("{text}:")).num_labels == 2
+    texts = Dataset.from_list([{"text": "good", "label": 0}, {"text": "", "label": 1}])
+    with pytest.raises(DataError, match="1 of 2 rows are empty, and this model's tokenizer makes no token of them"):
+        tokenize(texts, DataConfig(), tokenizer)
 
 
 def test_a_template_is_rendered_literally(tokenizer) -> None:

@@ -107,7 +107,7 @@ def test_spaces_around_an_answer_are_no_part_of_it(answer: str) -> None:
 
 
 def test_a_question_that_leaves_no_room(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="row 0, a question that leaves its context 2 tokens, where windows share 2"):
+    with pytest.raises(DataError, match=r"the question .* leaves its context 2 tokens, where windows share 2"):
         tokenize_questions(rows(""), DATA.model_copy(update={"max_tokens": 7}), TASK, tokenizer)
     with pytest.raises(DataError, match="reads at most 32 tokens"):
         tokenize_questions(rows(""), DATA.model_copy(update={"max_tokens": 33}), TASK, tokenizer)

@@ -89,7 +89,9 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
         ({"seeds": [0, 1], "dataset": [{"name": "a", "seeds": [0, 2]}]}, "dataset 'a': seeds has 2, which the suite's"),
         ({"dataset": []}, "dataset: Tuple should have at least 1 item"),
         ({"method": [{"name": "spry"}, {"name": "fedyogi", "label": "spry"}]}, "method labels: must differ, but spry"),
-        ({"base": {"seed": 1}}, r"base.seed: a suite has seeds = \[0, 1, 2\]; leave it out"),
+        ({"base": {"seed": 1}}, r"base: seed stands there, but a suite has seeds = \[0, 1, 2\]: leave it out"),
+        ({"dataset": [{"name": "a", "set": {"seed": 1}}]}, "dataset 'a': seed stands there, but a suite has seeds"),
+        ({"method": [{"name": "spry", "set": {"label": "a"}}]}, "method 'spry': label stands there, but each"),
         ({"reference": "fedyogo"}, "reference: no such ..method.. 'fedyogo'."),
         ({"contenders": ["spry", "fedyogo"]}, "contenders: no such ..method.. 'fedyogo'."),
         ({"method": [{"name": "spry", "space": {"server.tau": {"low": 1, "high": 2}}}]}, "there is no .search.: add"),
@@ -119,6 +121,26 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
 def test_mistakes_in_the_suite_itself(tmp_path: Path, more: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, **more)
+
+
+def test_overrides_are_held_to_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "suite.toml"
+    path.write_text(tomli_w.dumps(suite_table()))
+    assert load_suite(path, ["server.num_rounds=9"]).base["server"] == {"num_rounds": 9}
+    with pytest.raises(ConfigError, match="base: seed stands there"):
+        load_suite(path, ["seed=4"])
+
+
+def test_a_partition_or_model_that_cannot_be_shows_before_any_run(tmp_path: Path) -> None:
+    datasets = [
+        {"name": "column", "set": {"partition.kind": "column", "partition.column": "autor"}},
+        {"name": "model", "set": {"model.name": "./gone"}},
+    ]
+    suite = read(tmp_path, dataset=datasets, method=[{"name": "spry"}], seeds=[0])
+    with pytest.raises(ConfigError) as caught:
+        check_cells(suite, suite.cells())
+    assert "column/spry/0: partition.column: no column 'autor'" in str(caught.value)
+    assert "model/spry/0: model.name = './gone'" in str(caught.value)
 
 
 def test_problems_of_all_cells_show_at_once_and_each_once(tmp_path: Path) -> None:
@@ -192,7 +214,9 @@ def test_data_are_looked_up_in_the_folder_first(tmp_path: Path) -> None:
 def test_a_trial_never_sees_the_test_split(tmp_path: Path) -> None:
     suite = read(tmp_path, search={"rounds": 2, "seed": 7, "validation_fraction": 0.3})
     config = search_config(suite, suite.cells()[0], {"local.learning_rate": 0.5})
-    assert (config.data.test_split, config.data.test_fraction) == ("train", 0.3)
+    assert (config.data.validation_fraction, config.data.test_seed) == (0.3, 7)
+    assert {suite.run_config(cell).data.test_seed for cell in suite.cells()} == {7}
+    assert {suite.run_config(cell).data.validation_fraction for cell in suite.cells()} == {None}
     assert (config.seed, config.server.num_rounds, config.evaluation.every) == (7, 2, 2)
     assert config.local.learning_rate == 0.5
 

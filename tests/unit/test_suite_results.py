@@ -1,5 +1,6 @@
 """Confidence intervals, time and bytes to a target, tables: all by hand-sized numbers."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def test_interval_by_hand() -> None:
     # two values: t(0.95, 1) = 6.31375, deviation sqrt(2) / 2 of 1 and 2
     assert interval([1.0, 2.0], 0.9).half_width == pytest.approx(6.31375 * 0.5, abs=1e-4)
     assert interval([0.7]).shown() == "0.700"
+    assert interval([math.inf, 5.0]).shown() == "inf"  # a perplexity; none of the three knows a spread
+    assert interval([math.nan, 5.0]).shown() == "nan"
 
 
 def test_cost_to_a_target_is_counted_to_the_first_round_that_was_good_enough() -> None:

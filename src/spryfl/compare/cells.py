@@ -78,10 +78,16 @@ class Suite:
     def run_config(self, cell: Cell, more: Mapping[str, Any] | None = None) -> RunConfig:
         """A cell's run: what all share, then the dataset's own, the method's, what was found, and the seed.
 
+        Where there is a search, test rows that have to be cut off train are the same for all seeds, so that no trial
+        sees any of them.
+
         Raises:
             ConfigError: it is impossible.
         """
-        own = {"seed": cell.seed, "label": cell.method.shown} | cell.dataset.set | cell.method.settings
+        own = {"seed": cell.seed, "label": cell.method.shown}
+        if self.config.search is not None:
+            own["data.test_seed"] = self.config.search.seed
+        own |= cell.dataset.set | cell.method.settings
         config = parse_config(with_overrides(self.config.base, own | dict(more or {})))
         return with_absolute_paths(_looked_up(config, self.data))
 

@@ -11,9 +11,11 @@ from spryfl.compare.search import read_outcome, require_same_search, search_conf
 from spryfl.config import RunConfig
 from spryfl.data.loading import load_rows
 from spryfl.data.public_text import load_public_text
-from spryfl.errors import SpryError
+from spryfl.errors import RunDirectoryError, SpryError
+from spryfl.models.sources import find_model
 from spryfl.run import require_same
 from spryfl.tracking.run_directory import RunDirectory
+from spryfl.workbench import share_out
 
 
 def check_cells(suite: Suite, cells: Sequence[Cell]) -> None:
@@ -51,16 +53,20 @@ def _problems(suite: Suite, cell: Cell, known: dict[str, str | None]) -> Iterato
     elif not suite.is_finished(cell):
         config = suite.run_config(cell)
         # Looked at once, whatever the seed.
-        key = "".join(part.model_dump_json() for part in (config.data, config.task, config.guide))
+        parts = (config.model, config.data, config.task, config.partition, config.evaluation, config.guide)
+        key = "".join(part.model_dump_json() for part in parts)
         if key not in known:
-            known[key] = _problem(lambda: _load_texts(config))
+            known[key] = _problem(lambda: _find_all(config))
         if (problem := known[key]) is not None:
             yield problem
 
 
-def _load_texts(config: RunConfig) -> None:
-    """Read all text of a run, which tells whether it suits its task."""
+def _find_all(config: RunConfig) -> None:
+    """Find a run's model, read all its text, and share it out, which tells whether they suit their task."""
+    find_model(config.model.name)
     rows = load_rows(config.data, config.seed, config.task)
+    if config.partition.kind != "own":
+        share_out(config, rows)
     if config.guide.text is not None:
         load_public_text(config.guide, config.data, rows.num_labels, config.seed)
 
@@ -78,9 +84,12 @@ def _require_going_on(suite: Suite, cell: Cell) -> None:
     """What is there already must be of the same settings."""
     if suite.config.search is not None:
         require_same_search(suite, cell)
-        if read_outcome(suite, cell) is None:
-            return
-    directory = RunDirectory(suite.folder(cell))
-    if directory.config_file.exists():
-        outcome = read_outcome(suite, cell)
-        require_same(directory, suite.run_config(cell, None if outcome is None else outcome.settings))
+    directory, outcome = RunDirectory(suite.folder(cell)), read_outcome(suite, cell)
+    if not directory.config_file.exists():
+        return
+    if suite.config.search is not None and outcome is None:
+        raise RunDirectoryError(
+            f"{directory.path} holds a run whose settings were not searched, and the suite has a [search]: choose "
+            "another --out, or remove that folder to run it anew"
+        )
+    require_same(directory, suite.run_config(cell, None if outcome is None else outcome.settings))

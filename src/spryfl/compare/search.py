@@ -88,10 +88,9 @@ def search_config(suite: Suite, cell: Cell, tried: Settings) -> RunConfig:
     cell = suite.searched(cell)
     own = suite.run_config(cell)
     rounds = cell.dataset.search_rounds or settings.rounds or own.server.num_rounds
-    fixed = {
+    fixed: Settings = {
         "seed": settings.seed,
-        "data.test_split": "train",
-        "data.test_fraction": settings.validation_fraction,
+        "data.validation_fraction": settings.validation_fraction,
         "server.num_rounds": rounds,
         "evaluation.every": rounds,
     }

@@ -21,6 +21,13 @@ class DataConfig(Part):
         None, description="split evaluated on; test, else validation, by default; train cuts a part off that"
     )
     test_fraction: Fraction = Field(0.2, description="cut off train where there is no test split, or where it is train")
+    test_seed: int | None = Field(
+        None, ge=0, lt=2**32, description="of the test rows where they are cut off train; the run's own by default"
+    )
+    validation_fraction: Fraction | None = Field(
+        None,
+        description="cut off train by the run's seed and evaluated on in place of the test rows, which stay unseen",
+    )
     max_tokens: Positive = Field(64, description="longer texts are truncated")
     max_train_examples: Positive | None = None
     max_test_examples: Positive | None = None

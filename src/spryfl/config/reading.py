@@ -42,8 +42,11 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
         ConfigError: the file is missing or no TOML, or has unknown keys or impossible values of its own; what its
             runs would say is not asked yet.
     """
-    suite = _parse(SuiteConfig, _read_toml(path, "Suites to start from are in benchmarks/suites"))
-    return suite.model_copy(update={"base": with_overrides(suite.base, dict(map(_parse_override, overrides)))})
+    table = _read_toml(path, "Suites to start from are in benchmarks/suites")
+    base = table.get("base", {})
+    if overrides and isinstance(base, Mapping):  # if it is no table, that is said below
+        table["base"] = with_overrides(base, dict(map(_parse_override, overrides)))
+    return _parse(SuiteConfig, table)
 
 
 def parse_config(table: Mapping[str, Any]) -> RunConfig:

@@ -122,9 +122,11 @@ class SuiteConfig(Part):
             twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
             if twice:
                 raise ValueError(f"{kind}: must differ, but {', '.join(twice)} stands there twice")
-        for key, remedy in _OF_THE_SUITE.items():
-            if key in self.base:
-                raise ValueError(f"base.{key}: {remedy}; leave it out of [base]")
+        sets = {f"{kind} '{entry.name}'": entry.set for kind in ("dataset", "method") for entry in getattr(self, kind)}
+        for where, table in {"base": self.base, **sets}.items():
+            for key, remedy in _OF_THE_SUITE.items():
+                if key in table:
+                    raise ValueError(f"{where}: {key} stands there, but {remedy}: leave it out")
         return self
 
     @model_validator(mode="after")

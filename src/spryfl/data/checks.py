@@ -30,6 +30,15 @@ def check_columns(rows: Dataset, split: str, config: DataConfig, task: TaskConfi
         CHECKS[task.kind](rows, split, config, task)
 
 
+def _check_prompts(rows: Dataset, split: str, config: DataConfig, task: TaskConfig) -> None:
+    """A prompt is not empty."""
+    if any(literal.strip() for literal, _ in task.pieces):
+        return
+    for index, texts in enumerate(zip(*(rows[column] for column in config.text_columns), strict=True)):
+        if not "".join(texts).strip():
+            raise DataError(f"{split} row {index}: its prompt is empty: drop the row, or give task.template words")
+
+
 def _check_written(rows: Dataset, split: str, config: DataConfig, task: TaskConfig) -> None:
     """The text to be written is not empty."""
     column = task.written_column or config.text_columns[0]
@@ -71,6 +80,7 @@ def _lists(answers: Any) -> tuple[list[Any] | None, list[Any] | None]:
 
 
 CHECKS: dict[TaskKind, Callable[[Dataset, str, DataConfig, TaskConfig], None]] = {
+    "prompted": _check_prompts,
     "language_model": _check_written,
     "qa": _check_answers,
 }

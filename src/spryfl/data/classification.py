@@ -58,7 +58,7 @@ def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:
     group.
 
     Raises:
-        DataError: `max_tokens` exceeds what the model can read.
+        DataError: `max_tokens` exceeds what the model can read, or a row has no token.
     """
     limit = token_limit(config, tokenizer)
     texts = [list(rows[column]) for column in config.text_columns]
@@ -69,6 +69,12 @@ def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:
         encoded = tokenizer(*texts, truncation=True, max_length=limit)
     names = list(encoded)
     encodings = [dict(zip(names, values, strict=True)) for values in zip(*(encoded[n] for n in names), strict=True)]
+    empty = sum(not encoding["input_ids"] for encoding in encodings)
+    if empty:  # by a decoder's tokenizer, which puts nothing around a text
+        raise DataError(
+            f"data.text_columns: {empty} of {len(rows)} rows are empty, and this model's tokenizer makes no token of "
+            "them: drop them"
+        )
     return Examples(encodings, np.asarray(rows[config.label_column][:], dtype=np.int64), groups=groups)
 
 

@@ -111,15 +111,16 @@ def tokenize_texts(rows: Dataset, config: DataConfig, task: TaskConfig, tokenize
     given = list(zip(*(rows[column][:] for column in config.text_columns), strict=True))
     whole = prompts.encode([prompts.render(texts) for texts in given])
     encodings, begins = [], []
-    for index, (texts, ids) in enumerate(zip(given, whole, strict=True)):
+    for texts, ids in zip(given, whole, strict=True):
         cut, kept = prompts.within(texts, ids, limit)
         begin = _begin(prompts, cut, written)
         if len(kept) < limit and cut == list(texts) and tokenizer.eos_token_id is not None:
             kept.append(tokenizer.eos_token_id)
         if begin >= len(kept):
             raise DataError(
-                f"data.max_tokens = {limit}: row {index} has no token left of column '{config.text_columns[written]}', "
-                "which is to be written: raise it, shorten task.template, or drop the row"
+                f"data.max_tokens = {limit}: the row whose column '{config.text_columns[written]}' is "
+                f"{texts[written][:40]!r} has no token left of it, which is to be written: raise it, shorten "
+                "task.template, or drop the row"
             )
         encodings.append({"input_ids": kept})
         begins.append(begin)

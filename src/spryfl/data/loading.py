@@ -5,11 +5,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from datasets.utils.logging import (
+    CRITICAL,
+    disable_progress_bar,
+    enable_progress_bar,
+    get_verbosity,
+    is_progress_bar_enabled,
+    set_verbosity,
+)
+from pyarrow.parquet import read_metadata
 
 from spryfl.config import WITH_CLASSES, DataConfig, TaskConfig
 from spryfl.data.builtin import PREFIX, find_dataset
@@ -63,13 +72,13 @@ def load_rows(config: DataConfig, seed: int, task: TaskConfig = CLASSIFICATION) 
         DataError: missing files, columns or splits; labels that are not class numbers; answers outside their context.
     """
     with quietly():
-        splits = load_splits(config)
-        train, test = _train_and_test(splits, config, seed)
-        for split, rows in (("train", train), ("test", test)):
-            check_columns(rows, split, config, task)
         names: tuple[str, ...] = ()
+        used = _used_splits(load_splits(config), config)
+        for split, rows in used.items():  # before any row is cut off, so that rows are named as they stand there
+            check_columns(rows, split, config, task)
         if task.kind in WITH_CLASSES:
-            train, test, names = _with_class_numbers(train, test, config)
+            used, names = _with_class_numbers(used, config)
+        train, test = _train_and_test(used, config, seed)
         train = _at_most(train, config.max_train_examples, seed)
         # An official score of whole questions needs all answers to each: rows of three texts come by the first two.
         whole = config.text_columns[:2] if task.kind == "classification" and len(config.text_columns) == 3 else ()
@@ -92,7 +101,12 @@ def load_own_rows(config: DataConfig, label_names: Sequence[str], task: TaskConf
     if task.kind not in WITH_CLASSES:
         return Rows(train, train.select([]))
     number = {name: index for index, name in enumerate(label_names)}
-    labels = [number.get(str(label), -1) for label in train[config.label_column][:]]
+    feature = train.features[config.label_column]
+    own = feature.names if isinstance(feature, ClassLabel) else None  # numbers in the file's own order
+    labels = [
+        number.get(str(label) if own is None or label is None or not 0 <= label < len(own) else own[label], -1)
+        for label in train[config.label_column][:]
+    ]
     if -1 in labels:
         row = labels.index(-1)
         raise DataError(
@@ -136,7 +150,11 @@ def _read_files(files: Mapping[str, Path], config: DataConfig) -> dict[str, Data
         if reader is None:
             raise DataError(f"{path}: not Parquet, CSV or JSONL; known endings: {', '.join(READERS)}")
         try:
+            if path.stat().st_size == 0 or (path.suffix == ".parquet" and read_metadata(path).num_rows == 0):
+                raise StopIteration
             result[split] = reader(str(path))
+        except StopIteration:  # the JSON reader's of a file without a line
+            raise DataError(f"{path}: no rows in it: leave it out, or fill it") from None
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
             if "corresponds to no data" in str(error):
                 raise DataError(f"{path}: no rows in it: leave it out, or fill it") from error
@@ -159,7 +177,8 @@ def _from_hub(config: DataConfig) -> Mapping[str, Dataset]:
     return {str(split): rows for split, rows in loaded.items()}
 
 
-def _train_and_test(splits: Mapping[str, Dataset], config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
+def _used_splits(splits: Mapping[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
+    """train, and the split to test on after it, unless that is cut off train."""
     if "train" not in splits:
         raise DataError(f"data.name = '{config.name}': no split named train; it has {sorted(splits)}")
     if config.test_split is not None and config.test_split not in splits:
@@ -167,46 +186,83 @@ def _train_and_test(splits: Mapping[str, Dataset], config: DataConfig, seed: int
         raise DataError(
             f"data.test_split = '{config.test_split}': no such split.{nearest(config.test_split, known)} It has {known}"
         )
-    train = splits["train"]
-    test_split = config.test_split or next((name for name in TEST_SPLITS if name in splits), None)
-    if test_split not in (None, "train"):
-        return train, splits[test_split]
-    num_test = int(len(train) * config.test_fraction)
-    if not 0 < num_test < len(train):
-        raise DataError(f"data.name = '{config.name}': {len(train)} rows are too few to cut a test split from")
-    order = _permutation(len(train), seed)
-    return train.select(np.sort(order[num_test:])), train.select(np.sort(order[:num_test]))
+    test_split = config.test_split or next((name for name in TEST_SPLITS if name in splits), "train")
+    return {name: splits[name] for name in dict.fromkeys(("train", test_split))}
 
 
-def _with_class_numbers(train: Dataset, test: Dataset, config: DataConfig) -> tuple[Dataset, Dataset, tuple[str, ...]]:
+def _train_and_test(splits: Mapping[str, Dataset], config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows to train on, and those that are evaluated: of a split of their own, or cut off train."""
+    train, *others = splits.values()
+    if others:
+        test = others[0]
+    else:
+        train, test = _cut(train, config.test_fraction, seed if config.test_seed is None else config.test_seed, config)
+    return (
+        (train, test) if config.validation_fraction is None else _cut(train, config.validation_fraction, seed, config)
+    )
+
+
+def _cut(rows: Dataset, fraction: float, seed: int, config: DataConfig) -> tuple[Dataset, Dataset]:
+    """The rest, and a part of some rows drawn from the seed; both in order."""
+    count = int(len(rows) * fraction)
+    if not 0 < count < len(rows):
+        raise DataError(f"data.name = '{config.name}': {len(rows)} rows are too few to cut {fraction:.0%} of them off")
+    order = _permutation(len(rows), seed)
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+
+
+def _with_class_numbers(
+    splits: Mapping[str, Dataset], config: DataConfig
+) -> tuple[dict[str, Dataset], tuple[str, ...]]:
     """Labels as numbers from 0; text labels are numbered in alphabetical order."""
     column = config.label_column
-    feature = train.features[column]
-    train_labels, test_labels = train[column][:], test[column][:]
-    if any(isinstance(label, str) for label in train_labels):
-        names = tuple(sorted({str(label) for label in train_labels}))
-        number = {name: index for index, name in enumerate(names)}
-        numbered = [[number.get(label, -1) for label in labels] for labels in (train_labels, test_labels)]
-    else:
-        names = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
-        numbered = [train_labels, test_labels]
-        if not names and all(isinstance(label, int) for label in train_labels):
-            names = tuple(str(index) for index in range(max(train_labels) + 1))
-    for split, labels, given in (("train", numbered[0], train_labels), ("test", numbered[1], test_labels)):
-        wrong = [i for i, label in enumerate(labels) if not isinstance(label, int) or not 0 <= label < len(names)]
+    labels = {split: list(rows[column][:]) for split, rows in splits.items()}
+    names = _class_names(labels["train"], splits["train"].features[column], column)
+    number: dict[Any, int] = {name: index for index, name in enumerate(names)}
+    number |= {index: index for index in range(len(names))} if not isinstance(labels["train"][0], str) else {}
+    numbered = {}
+    for split, rows in splits.items():
+        found = [number.get(label, -1) for label in labels[split]]
+        wrong = [row for row, label in enumerate(found) if label < 0]
         if wrong:
+            first = labels[split][wrong[0]]
+            kind = "no label" if first is None else "a label that train has not"
+            remedy = "Drop or mend those rows"
+            if split == "test" and len(wrong) == len(rows):  # as benchmarks that keep their answers have it
+                remedy = "Its labels seem to be withheld: set data.test_split = 'validation'"
             raise DataError(
-                f"data.label_column '{column}': {len(wrong)} of {len(labels)} {split} rows have a label out of range, "
-                f"first row {wrong[0]} with {given[wrong[0]]!r}; labels are 0 to {max(len(names) - 1, 0)} or text seen "
-                "in train. Drop or mend those rows"
+                f"data.label_column '{column}': {len(wrong)} of {len(rows)} {split} rows have {kind}, first "
+                f"row {wrong[0]} with {first!r}; labels are {_shown(names)}. {remedy}"
             )
-    if len(set(numbered[0])) < 2:
+        numbered[split] = rows.remove_columns(column).add_column(column, found)
+    if len(set(numbered["train"][column][:])) < 2:
         raise DataError(f"data.label_column '{column}': all train rows have the same label; nothing can be learned")
-    return (
-        train.remove_columns(column).add_column(column, numbered[0]),
-        test.remove_columns(column).add_column(column, numbered[1]),
-        names,
-    )
+    return numbered, names
+
+
+def _class_names(labels: Sequence[Any], feature: Any, column: str) -> tuple[str, ...]:
+    """One a class, in the order of their numbers: those that the file gives, or what train's labels are."""
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    given = {label for label in labels if label is not None}
+    if all(isinstance(label, str) for label in given):
+        return tuple(sorted(given))
+    if not all(isinstance(label, int) for label in given):
+        row = next(row for row, label in enumerate(labels) if label is not None and not isinstance(label, int))
+        raise DataError(
+            f"data.label_column '{column}': train row {row} has the label {labels[row]!r}, which is no class: classes "
+            "are whole numbers from 0, or text"
+        )
+    if given and min(given) > 0:
+        raise DataError(
+            f"data.label_column '{column}': train's labels begin at {min(given)}; number classes from 0, or name them "
+            "by text"
+        )
+    return tuple(str(number) for number in range(max(given, default=-1) + 1))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _at_most(rows: Dataset, limit: int | None, seed: int, together: Sequence[str] = ()) -> Dataset:
@@ -233,11 +289,13 @@ def _permutation(count: int, seed: int) -> np.ndarray:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No progress bars: the run has its own."""
-    shown = is_progress_bar_enabled()
+    """No progress bars, as the run has its own, and no lines about a file that we tell of ourselves."""
+    shown, verbosity = is_progress_bar_enabled(), get_verbosity()
     disable_progress_bar()
+    set_verbosity(CRITICAL)
     try:
         yield
     finally:
+        set_verbosity(verbosity)
         if shown:
             enable_progress_bar()

@@ -13,6 +13,8 @@ from spryfl.data.metrics import binary_f1, question_scores
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 """Metrics of which less is better."""
+NOT_AVERAGED = frozenset({"f1_answerable", "f1_unanswerable", "best_f1", "best_exact_match", "best_null_threshold"})
+"""Metrics of which a mean over clients says nothing: of some rows only, or at a threshold of each client's own."""
 
 
 Sample = dict[str, str]

@@ -94,8 +94,8 @@ def _windows(
         room = limit - ends - taken
         if room <= stride:
             raise DataError(
-                f"data.max_tokens = {limit}: row {source}, a question that leaves its context {max(room, 0)} tokens, "
-                f"where windows share {stride}: raise it, lower task.stride, or drop the row"
+                f"data.max_tokens = {limit}: the question {question.question[:40]!r} leaves its context {max(room, 0)} "
+                f"tokens, where windows share {stride}: raise it, lower task.stride, or drop the row"
             )
         encoded = tokenizer(
             text,

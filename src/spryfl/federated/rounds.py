@@ -59,7 +59,8 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     last_change = state.last_change | change if federation.training.num_candidates > 1 else {}
 
     updates = answers.updates
-    untrained = tuple(u for u, parameters in federation.units.items() if not change.keys() & set(parameters))
+    pooled = int(pool.get("count", 0))  # what was trained then waits for the rounds to come
+    untrained = tuple(u for u, own in federation.units.items() if not pooled and not change.keys() & set(own))
     report = RoundReport(
         round=round,
         loss=_mean_loss(updates, federation.sampling),
@@ -77,7 +78,7 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         unheld=deal.unheld,
         settings={} if federation.fit is None else deal.settings,
         num_left_out=len(updates) - len(answers.contributions),
-        num_pooled=int(pool.get("count", 0)),
+        num_pooled=pooled,
     )
     overdue = tuple(unit for unit in untrained if unit not in deal.unheld)
     return replace(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import fmean, stdev
 
 from scipy.stats import t
@@ -40,7 +41,7 @@ class Interval:
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """The mean of at least one value, with the interval that covers the true mean of normal values so often."""
     count = len(values)
-    if count == 1:
-        return Interval(values[0], None, 1)
+    if count == 1 or not all(map(isfinite, values)):  # an infinite perplexity has no spread either
+        return Interval(sum(values) / count, None, count)
     half_width = float(t.ppf((1 + confidence) / 2, count - 1)) * stdev(values) / count**0.5
     return Interval(fmean(values), half_width, count)
