@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import precision_score, recall_score
+from torchmetrics.functional.text import squad
 
 from spryfl.data.metrics import best_over_thresholds, binary_f1, exact_match, question_scores, token_f1
 
@@ -32,6 +33,23 @@ from spryfl.data.metrics import best_over_thresholds, binary_f1, exact_match, qu
 def test_official_rules(answer: str, golden: list[str], exact: int, f1: float) -> None:
     assert exact_match(answer, golden) == exact
     assert token_f1(answer, golden) == pytest.approx(f1)
+
+
+WORDS = st.lists(st.sampled_from(["The", "a", "an", "Norman", "normans", "U.S.", "10th-century", "!", "é"]), max_size=5)
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
+def test_answers_score_as_another_implementation_has_it(answer: list[str], golden: list[list[str]]) -> None:
+    """TorchMetrics' of the official script; its first version knows no question without an answer."""
+    texts = [" ".join(words) for words in golden if token_f1(" ".join(words), []) == 0]  # some word is left of them
+    if not texts:
+        return
+    theirs = squad(
+        [{"prediction_text": " ".join(answer), "id": "0"}],
+        [{"answers": {"answer_start": [0] * len(texts), "text": texts}, "id": "0"}],
+    )
+    assert 100 * exact_match(" ".join(answer), texts) == pytest.approx(float(theirs["exact_match"]))
+    assert 100 * token_f1(" ".join(answer), texts) == pytest.approx(float(theirs["f1"]), abs=1e-4)
 
 
 def test_binary_f1() -> None:
