@@ -17,6 +17,7 @@ from spryfl.config import ModelConfig
 from spryfl.errors import ModelError
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.forward import loss_and_slopes
+from spryfl.memory.meter import ActivationMeter
 from spryfl.models.layers import layer_calls, transformer_layers
 from spryfl.models.loading import AdaptedModel
 from spryfl.models.quantizing import quantize_checkpoint
@@ -61,6 +62,19 @@ def test_the_same_numbers(family: str, precision: str, tiny_model: Path, tmp_pat
     for _ in range(2):
         assert torch.equal(_logits(whole), _logits(streamed))
         assert _resident(streamed) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_that_are_read_are_no_activations(dtype: str, tiny_model: Path, tmp_path: Path) -> None:
+    """The first layer is fetched where the meter looks on, and those of another type are cast there."""
+    folder = save_family("llama", tmp_path, tiny_model)
+    peaks = []
+    for streamed in (False, True):
+        loaded = open_model(folder, streamed=streamed, dtype=dtype)
+        with ActivationMeter() as meter:
+            _logits(loaded)
+        peaks.append(meter.peak_bytes)
+    assert peaks[0] == peaks[1]
 
 
 def test_the_same_slopes_and_gradients(tiny_model: Path, tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from spryfl.bench.works import (
 )
 from spryfl.config import AdapterConfig, ModelConfig
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
-from spryfl.memory.allocator import return_large_blocks
 from spryfl.memory.meter import MemoryMeter, reset_resident_peak, resident_peak_bytes
 from spryfl.models.adapters import adapt
 from spryfl.models.heads import head_modules
@@ -51,9 +50,6 @@ def measure(work: Work, case: Case, cache: Path) -> Row:
     Args:
         cache: where checkpoints of random weights are kept.
     """
-    if work.precision in ("nf4", "int8") or work.streamed:
-        # Else what was unpacked or read counts as resident. Dense models need it not, and page faults cost time.
-        return_large_blocks()
     model = _model(work, cache)
     loading = resident_peak_bytes()
     units = trainable_units(model)

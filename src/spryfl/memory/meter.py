@@ -1,11 +1,14 @@
 """Memory, measured: live tensor bytes on any device, split by what they are, and the process's resident peak.
 
 Every operator that reaches PyTorch's dispatcher is seen; a storage counts from the operator that first
-returns it until it is freed. Storages that stood before (weights, inputs) are not activations: a model's are
-counted by walking over it. Scratch space inside a kernel is not seen.
+returns it until it is freed. Storages that stood before (weights, inputs) and layers read from disk are not
+activations: a model's are counted by walking over it. Scratch space inside a kernel is not seen.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +28,19 @@ class _Storage:
     born: int
     tangent_bytes: int = 0
     died: int | None = None
+
+
+_AS_WEIGHTS = ContextVar("as_weights", default=False)
+
+
+@contextmanager
+def counting_as_weights() -> Iterator[None]:
+    """What is made inside are weights, such as a layer that is read again and again, and no meter's activations."""
+    token = _AS_WEIGHTS.set(True)
+    try:
+        yield
+    finally:
+        _AS_WEIGHTS.reset(token)
 
 
 class ActivationMeter(TorchDispatchMode):
@@ -60,7 +76,7 @@ class ActivationMeter(TorchDispatchMode):
             return NotImplemented  # a dual number first takes itself apart; its parts come back here
         self._meet(leaves, new=False)
         output = func(*args, **(kwargs or {}))
-        self._meet(tree_leaves(output), new=True)
+        self._meet(tree_leaves(output), new=not _AS_WEIGHTS.get())
         return output
 
     def _meet(self, leaves: list[Any], new: bool) -> None:

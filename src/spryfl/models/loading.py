@@ -14,6 +14,7 @@ from spryfl.config import AdapterConfig, ModelConfig, TaskKind
 from spryfl.errors import ModelError
 from spryfl.forward_mode.attention import ATTENTION_NAME, register_attention
 from spryfl.forward_mode.packed import has_matrix_unit
+from spryfl.memory.allocator import return_large_blocks
 from spryfl.models.adapters import adapt, frozen_tensors, require_weights
 from spryfl.models.assembly import hollow
 from spryfl.models.building import BuiltModel, build, quantize_in_place
@@ -103,6 +104,8 @@ def _base_model(
                 f"convert it first: spry quantize {config.name} OUT_DIR, or model.save_pretrained(OUT_DIR)"
             )
         packed = config.quantization != "none"
+        if packed:
+            return_large_blocks()  # as below
         # Packed bytes come from the weights as stored, not from what the model computes in.
         built = _whole(config, source, num_labels, torch.float32 if packed else dtype, task)
         require_class(built.base.config, config.name, task)
@@ -116,6 +119,7 @@ def _base_model(
     require_class(loaded, config.name, task)
     quantized = config.quantization != "none" or getattr(loaded, "quantization_config", None) is not None
     if quantized or config.streamed:
+        return_large_blocks()  # else what is read or unpacked stays resident; a dense model would only pay in time
         return build(config, Checkpoint.open(local_folder(config, source)), loaded, dtype, device, task)
     folder = Path(source.location)
     if any(folder.glob("*.safetensors")):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.errors import ModelError
+from spryfl.memory.meter import counting_as_weights
 from spryfl.models.assembly import Slot
 from spryfl.models.checkpoint import Checkpoint
 from spryfl.models.saved_weights import SavedWeights
@@ -119,7 +120,7 @@ class StreamedLayers:
             ahead = self._take_prefetch()
             stored = ahead.result() if ahead is not None and ahead.layer == index else None
             del ahead  # a wrong guess goes before the right layer comes
-            with torch._C._DisableFuncTorch():  # frozen weights are no matter of a torch.func transform under way
+            with counting_as_weights(), torch._C._DisableFuncTorch():  # no matter of a torch.func transform under way
                 self._store.put(index, self._store.fetch(index) if stored is None else stored)
             del stored
             following = self._following(index)
