@@ -16,9 +16,10 @@ from spryfl.models.adapters import frozen_tensors
 from spryfl.models.dry_run import DryRun, Work
 from spryfl.models.layers import transformer_layers
 from spryfl.models.loading import AdaptedModel
-from spryfl.models.quantization import kind_of, stored_config
+from spryfl.models.quantization import stored_config
+from spryfl.models.sources import find_model
 from spryfl.models.units import Unit, parameters_of
-from spryfl.models.weights import Precision, count_weights
+from spryfl.models.weights import Precision, count_weights, packed_precision
 
 Passes = Literal["forward", "zeroth_order", "backprop", "per_layer", "budgeted"]
 DRAWING_BYTES = 32  # a float32 number, three float64 copies, and one to return
@@ -189,12 +190,12 @@ def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: 
         batch, tokens: of the largest batch of any client, padding included.
     """
     model = adapted.model
-    stored = stored_config(model.config, config.model.name)
-    kind = config.model.quantization if stored is None else kind_of(stored)
+    stored = packed_precision(stored_config(model.config, config.model.name))
+    kind = stored or config.model.quantization
     packed = kind != "none"
     precision = cast(Precision, kind if packed else str(adapted.dtype).removeprefix("torch."))
-    head = _head_modules(adapted)
-    weights = count_weights(model.config, precision, adapted.dtype, batch * tokens, head, config.task.kind)
+    head, mappable = _head_modules(adapted), find_model(config.model.name).gguf_file is None
+    weights = count_weights(model.config, precision, adapted.dtype, batch * tokens, head, config.task.kind, mappable)
     factors = sum(tensor.nbytes for tensor in frozen_tensors(model))
     work = Work(model.config, config.adapter, batch, tokens, adapted.dtype, packed, head, config.task.kind)
     by_checkpointing: dict[str, Passes] = {"none": "backprop", "per_layer": "per_layer", "budgeted": "budgeted"}

@@ -36,6 +36,8 @@ class PlanRequest:
         budget_bytes: what a client may take, resident; None plans without one.
         dtype: what packed weights compute in, and the dense precision that is preferred.
         task: what the model is for.
+        stored: how its weights are packed on disk; None if they are not, so that every precision can be made of them.
+        mappable: whether its file can be mapped into memory, as a GGUF file cannot.
     """
 
     config: Any
@@ -47,10 +49,14 @@ class PlanRequest:
     budget_bytes: int | None = None
     dtype: torch.dtype = torch.float32
     task: TaskKind = "classification"
+    stored: Precision | None = None
+    mappable: bool = True
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """From the most wanted to the least."""
+        """From the most wanted to the least; of a model that is stored packed, that alone."""
+        if self.stored is not None:
+            return (self.stored,)
         dense: tuple[Precision, ...] = ("float32", "bfloat16")
         return (*(dense if self.dtype == torch.float32 else dense[::-1]), *PACKED)
 
@@ -249,7 +255,7 @@ class Predictor:
         weights = self.weights if dtype == self.dry.work.dtype else self._weights(dtype)
         size = self.dry.adapter
         trained = 0 if estimator == "inference" else size.unit_values + size.head_values
-        assigned = size.unit_values // self.request.cohort_size + size.head_values
+        assigned = size.unit_values // max(1, min(self.request.cohort_size, size.num_units)) + size.head_values
         has_slopes = estimator in ("forward", "zeroth_order")
         return Prediction(
             estimator=estimator,
@@ -269,4 +275,7 @@ class Predictor:
 
     def _weights(self, dtype: torch.dtype) -> WeightBytes:
         num_tokens = self.request.batch * self.request.tokens
-        return count_weights(self.request.config, self.precision, dtype, num_tokens, task=self.request.task)
+        request = self.request
+        return count_weights(
+            request.config, self.precision, dtype, num_tokens, task=request.task, mappable=request.mappable
+        )

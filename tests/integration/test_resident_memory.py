@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from spryfl.bench.random_checkpoint import write_random_checkpoint
+from spryfl.models.weights import count_weights
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -121,6 +123,8 @@ def test_a_packed_model_is_never_there_unpacked(stored: Any) -> None:
     peak, after = _growth(stored["nf4"], "run")
     assert after < PACKED + REST
     assert peak < PACKED + WEIGHT + GAPS
+    predicted = count_weights(SHAPE, "nf4", torch.float32, num_tokens=16)  # of its table, the rows looked up
+    assert after == pytest.approx(predicted.resident, rel=0.15)
 
 
 def test_quantizing_while_loading_never_holds_the_model(stored: Any) -> None:

@@ -1,6 +1,8 @@
 """What a language model is to write, its losses against transformers' and autograd, and its scores."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from families import autograd_gradient, build, padded_batch, trainable
-from prompted import byte_tokenizer
-from spryfl.config import DataConfig, TaskConfig
+from prompted import byte_tokenizer, save_decoder
+from spryfl.config import AdapterConfig, DataConfig, ModelConfig, TaskConfig
 from spryfl.data.examples import Batch, Examples
 from spryfl.data.language_model import LanguageModel, tokenize_texts
 from spryfl.errors import DataError, ModelError
@@ -19,6 +21,8 @@ from spryfl.forward_mode.loss import IGNORED, require_bare_logits, row_losses
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.forward import loss_and_slopes
 from spryfl.models.layers import layer_calls
+from spryfl.models.loading import load_model
+from spryfl.models.weights import count_weights
 
 TOKENIZER = byte_tokenizer()
 ENDED = byte_tokenizer()
@@ -123,6 +127,23 @@ def test_losses_and_derivatives(family: str, chunk_bytes: int) -> None:
             _, found = backprop.loss_and_gradient(model, lambda m: losses_of(m, batch).mean(), names)
             assert all(torch.allclose(g, gradient[n], atol=1e-12) for n, g in zip(names, found, strict=True))
     assert loss == pytest.approx(float(losses.mean()))
+
+
+@pytest.mark.parametrize("settings", [{"quantization": "nf4"}, {"streamed": True}])
+def test_a_head_that_is_a_table_of_another_type_is_cast_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Not at every step; it counts among the weights, as the table of which only rows are looked up does not."""
+    folder = save_decoder("llama", tmp_path, tied=True, dtype=torch.bfloat16)
+    config = ModelConfig(name=str(folder), dtype="float32", device="cpu", **settings)
+    loaded = load_model(config, AdapterConfig(), 2, 0, task="language_model")
+    base: Any = loaded.model.get_base_model()
+    table, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    assert (table.dtype, head.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(table.float(), head)
+    counted = [
+        count_weights(base.config, "nf4", torch.float32, 2, task=task).touched
+        for task in ("language_model", "prompted")
+    ]
+    assert counted[0] - counted[1] == head.nbytes
 
 
 def test_scores() -> None:

@@ -106,6 +106,37 @@ def plan() -> Plan:
     return make_plan(PlanRequest(config, AdapterConfig(rank=2), 2, 32, num_tangents=3, cohort_size=4))
 
 
+def test_what_is_stored_otherwise_is_read_as_stored() -> None:
+    config = FAMILIES["bert"]()
+    config.dtype = torch.float32
+    same, cast = (count_weights(config, p, getattr(torch, p), 10) for p in ("float32", "bfloat16"))
+    assert cast.read_a_visit == same.read_a_visit == 2 * sum(cast.layers)
+    assert cast.streamed - cast.touched == max(cast.layers) + max(same.layers)
+    assert same.streamed - same.touched == 2 * max(same.layers)
+
+
+def test_a_packed_model_leaves_its_tables_on_disk_if_it_can() -> None:
+    config = FAMILIES["llama"]()
+    config.vocab_size = 50_000
+    mapped, whole = (count_weights(config, "nf4", torch.float32, 2, mappable=mappable) for mappable in (True, False))
+    assert mapped.layers == whole.layers
+    assert whole.resident - mapped.resident == whole.outside - whole.touched > 0
+
+
+def test_a_model_that_is_stored_packed_is_planned_so(plan: Plan) -> None:
+    packed = make_plan(replace(plan.request, stored="nf4"))
+    assert {row.precision for row in packed.rows} == {"nf4"}
+
+
+def test_a_client_trains_a_unit_at_least(plan: Plan) -> None:
+    many = make_plan(replace(plan.request, cohort_size=1000))
+    up = {row.bytes_up for row in many.rows if row.estimator == "forward"}
+    num_units = 12  # query and value of six layers
+    whole = {row.bytes_up for row in make_plan(replace(plan.request, cohort_size=num_units)).rows}
+    assert up <= whole
+    assert min(up) > 0
+
+
 def test_a_plan_names_every_way(plan: Plan) -> None:
     ways = {(r.estimator, r.precision, r.streamed) for r in plan.rows}
     assert len(ways) == len(plan.rows) == 54

@@ -40,7 +40,9 @@ def plan(
     from spryfl.config import AdapterConfig, parse_config
     from spryfl.models.classes import require_class
     from spryfl.models.loading import resolve_device, resolve_dtype
-    from spryfl.models.sources import read_config
+    from spryfl.models.quantization import stored_config
+    from spryfl.models.sources import find_model, read_config
+    from spryfl.models.weights import packed_precision
     from spryfl.plan import PlanRequest, make_plan
 
     config = parse_config({"model": {"name": model, "dtype": dtype}}).model
@@ -56,6 +58,8 @@ def plan(
         budget_bytes=budget_bytes,
         dtype=resolve_dtype(config.dtype, resolve_device("cpu")),
         task=task,
+        stored=packed_precision(stored_config(read, model)),
+        mappable=find_model(model).gguf_file is None,
     )
     made = make_plan(request)
     made.require_fit()

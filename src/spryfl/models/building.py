@@ -86,7 +86,7 @@ def build(
     outside, inside = prepare(base, tensors, layers, library_config=wanted, kind=kind)
     # All at once: where pages are mapped twice, the kernel counts them twice.
     fill(checkpoint, outside if config.streamed else [*outside, *chain(*inside)], dtype, device)
-    _tie(base, dtype)
+    _tie(base, dtype, task)
     initialize(base, missing, dtype, device)
     _move_buffers(base, device)
     if config.streamed:
@@ -136,12 +136,19 @@ def _check_layers(
         )
 
 
-def _tie(base: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make one of what the model shares, and let a head that is an embedding table too bear how the table lies."""
+def _tie(base: PreTrainedModel, dtype: torch.dtype, task: TaskKind) -> None:
+    """Make one of what the model shares, and let a head that is an embedding table too bear how the table lies.
+
+    A language model multiplies with all of it at every step, so it is cast once; others ask for a few of its rows.
+    """
     base.tie_weights()
     path = output_head(base)
     head: Any = None if path is None else base.get_submodule(path)
-    if head is not None and head.weight.dtype != dtype:
+    if head is None or head.weight.dtype == dtype:
+        return
+    if task == "language_model":
+        head.weight = nn.Parameter(head.weight.to(dtype), requires_grad=False)
+    else:
         head.forward = lambda x: nn.functional.linear(x, head.weight.to(x.dtype), head.bias)
 
 
