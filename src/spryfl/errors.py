@@ -21,7 +21,7 @@ class ModelError(SpryError):
 
 
 class UnsupportedModuleError(SpryError):
-    """A model has modules that forward mode cannot pass through."""
+    """A model has modules that forward mode, or all of our kernels, cannot pass through."""
 
 
 class RunDirectoryError(SpryError):

@@ -1,6 +1,7 @@
 """Sizes in bytes as people write them: 64MiB, 1.5GB, 4096; and rates: 20MB/s."""
 
 import re
+from math import isfinite
 
 from spryfl.errors import ConfigError
 
@@ -23,7 +24,8 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         number_of_bytes = size
     elif isinstance(size, str) and (match := SIZE.fullmatch(size)) and match[2].lower() in UNITS:
-        number_of_bytes = int(float(match[1].replace("_", "")) * UNITS[match[2].lower()])
+        given = float(match[1].replace("_", "")) * UNITS[match[2].lower()]
+        number_of_bytes = int(given) if isfinite(given) else 0
     if number_of_bytes < 1:
         raise ConfigError(f"not a size: {size!r}. Write a number of bytes, or text such as '64MiB' or '1.5GB'")
     return number_of_bytes

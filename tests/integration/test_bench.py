@@ -80,6 +80,26 @@ def test_cases_not_measured_anew_keep_their_rows() -> None:
     assert [r["activation_peak_bytes"] for r in merged] == [5, 4, 2, 6, 1]
 
 
+def test_a_repeat_that_failed_counts_for_nothing_beside_those_that_did_not() -> None:
+    what = {"work": "bert-large", "estimator": "forward", "k": 1, "units": "all"}
+    failed = what | {"error": "killed"}
+    good = [what | {"activation_peak_bytes": size, "cpu_seconds_per_step": size / 10} for size in (10, 30)]
+    for measured in ([[failed], [good[0]], [good[1]]], [[good[0]], [failed], [good[1]]]):
+        (row,) = memory._merged(measured)
+        assert (row["activation_peak_bytes"], row["cpu_seconds_per_step"], row["repeats"]) == (30, 2.0, 2)
+        assert "error" not in row
+    assert memory._merged([[failed], [failed]]) == [failed]
+
+
+def test_damaged_files_of_an_earlier_bench(tmp_path: Path) -> None:
+    (tmp_path / "memory.json").write_text('[{"work": ')
+    (tmp_path / "partial.jsonl").write_text('{"key": \n')
+    with pytest.raises(SpryError, match=r"memory.json: not JSON .*: mend or remove it"):
+        memory.read_rows(tmp_path / "memory.json")
+    with pytest.raises(SpryError, match=r"partial.jsonl: not JSON lines .*: mend or remove it"):
+        memory.run_works(["llama2-7b"], ["inference"], tmp_path / "partial.jsonl", tmp_path)
+
+
 def test_what_failed_is_told_in_the_table(tmp_path: Path) -> None:
     (tmp_path / "file").touch()  # no folder can be made below it
     partial = tmp_path / "partial.jsonl"

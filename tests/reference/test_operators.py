@@ -154,6 +154,25 @@ def test_rules_of_operators() -> None:
     assert torch.allclose(torch.stack([output, *tangents]), expected, atol=1e-10)
 
 
+def test_indices_keep_the_axis_of_tangents_first() -> None:
+    x, rows, columns = normal(2, 3, 4), torch.tensor([1, 0, 1]), torch.tensor([0, 2, 3])
+    dual = make_dual(x, normal(K, *x.shape, seed=1))
+    for function in (lambda x: x[rows], lambda x: x[:, rows, columns], lambda x: x[:, :, columns]):
+        assert torch.equal(function(dual).stacked, torch.stack([function(part) for part in dual.stacked]))
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        dual[rows, :, columns]
+
+
+def test_sums_and_products_have_the_type_that_pytorch_gives_them() -> None:
+    narrow, wide = normal(3, 4).bfloat16(), normal(4, seed=1).float()
+    for make in (lambda x: make_dual(x, torch.ones(K, *x.shape, dtype=x.dtype)), lambda x: x):
+        for function in (torch.add, torch.sub, torch.mul):
+            for a, b in ((make_dual(narrow, torch.ones(K, 3, 4).bfloat16()), make(wide)), (make(wide), make(narrow))):
+                output = function(a, b)
+                assert output.dtype == torch.float32
+                assert torch.equal(split(output)[0], function(split(a)[0], split(b)[0]))
+
+
 def test_a_dual_written_into_a_plain_tensor_is_refused() -> None:
     """It would lose its tangents without a word."""
     dual = make_dual(normal(3), normal(K, 3))

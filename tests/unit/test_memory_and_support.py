@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, Gemma2Config, LlamaConfig
 
 from families import FAMILIES, batch_loss, build, padded_batch, trainable
 from spryfl.errors import UnsupportedModuleError
@@ -112,6 +112,15 @@ def test_all_problems_at_once_each_with_a_remedy() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(UnsupportedModuleError, match="tiny: 3 modules are not supported"):
         require_support(model, "tiny")
+
+
+def test_attention_that_no_method_trains_is_named_alone() -> None:
+    """It fails without tangents too, so the layers around it are not to blame."""
+    small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    config = Gemma2Config(**small, intermediate_size=16, num_key_value_heads=1, pad_token_id=0)
+    (problem,) = check_support(hollow_model(config)).problems
+    assert (problem.module, problem.kind) == ("model.layers.0.self_attn", "Gemma2Attention")
+    assert "no method here trains attention with softcap" in problem.reason
 
 
 def test_checking_an_adapted_model_leaves_its_operators() -> None:

@@ -25,7 +25,9 @@ def test_sizes(text: int | str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", [0, -1, True, 1.5, None, "", "MiB", "64 MiBs", "-3MB", "0.1B", "1e9", "4G", "nan"])
+@pytest.mark.parametrize(
+    "text", [0, -1, True, 1.5, None, "", "MiB", "64 MiBs", "-3MB", "0.1B", "1e9", "4G", "nan", "1" * 400]
+)
 def test_what_is_no_size(text: object) -> None:
     with pytest.raises(ConfigError, match=r"not a size: .*64MiB"):
         parse_size(text)

@@ -97,21 +97,42 @@ def _failed(arguments: Sequence[str], why: str) -> Row:
 
 
 def _read(partial: Path) -> dict[str, list[Row]]:
-    """What was measured already; what failed is tried again."""
+    """What was measured already; what failed is tried again.
+
+    Raises:
+        SpryError: the file is damaged.
+    """
     if not partial.is_file():
         return {}
     lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave a torn last line
+    try:
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave a torn last line
+    except ValueError as error:
+        raise SpryError(f"{partial}: not JSON lines ({error}): mend or remove it") from None
     return {entry["key"]: entry["rows"] for entry in whole if not any("error" in row for row in entry["rows"])}
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Rows of an earlier bench; none where there is no file.
+
+    Raises:
+        SpryError: the file is damaged.
+    """
+    try:
+        rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise SpryError(f"{path}: not JSON ({error}): mend or remove it") from None
+    return rows
+
+
 def _merged(measured: Sequence[Sequence[Row]]) -> list[Row]:
-    """Repeats of a case as one row: the median of its seconds, the most of its bytes."""
+    """Repeats of a case as one row: the median of its seconds, the most of its bytes; of failed ones, if all did."""
     by_case: dict[tuple[Any, ...], list[Row]] = {}
     for row in (row for rows in measured for row in rows):
         by_case.setdefault(_case_of(row), []).append(row)
     merged = []
-    for rows in by_case.values():
+    for tried in by_case.values():
+        rows = [row for row in tried if "error" not in row] or tried[:1]
         row = dict(rows[0])
         for key in row:
             if key.endswith("_peak_bytes"):

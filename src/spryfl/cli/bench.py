@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,7 +15,7 @@ def step(
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Of BERT-large's 24.")] = 24,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="What it computes in.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each, taken in turn.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write step.json and step.md there.")] = None,
@@ -47,26 +47,29 @@ def memory(
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Random checkpoints: 14 GB for all works.")] = None,
 ) -> None:
     """Activation peak, resident peak and seconds of a step: every estimator on models up to 13B. Takes hours."""
-    from spryfl.bench.memory import NAMES, default_cache, run_works, with_kept
+    from spryfl.bench.memory import NAMES, default_cache, read_rows, run_works, with_kept
     from spryfl.bench.memory_report import as_markdown, plot_growth
+    from spryfl.tracking.run_directory import write_atomically
 
     if work == ["list"]:
         print("\n".join(NAMES))
         return
     out.mkdir(parents=True, exist_ok=True)
     partial, results = out / "memory.partial.jsonl", out / "memory.json"
-    rows = run_works(
+    measured = run_works(
         work or NAMES,
         estimator or [],
         partial,
         cache or default_cache(),
         lambda text: print(f"measuring {text}", file=sys.stderr, flush=True),
     )
-    rows = with_kept(rows, json.loads(results.read_text(encoding="utf-8")) if results.is_file() else [])
+    rows = with_kept(measured, read_rows(results))
     table = as_markdown(rows)
-    results.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (out / "memory.md").write_text(table, encoding="utf-8")
+    write_atomically(results, f"{json.dumps(rows, indent=2)}\n".encode())
+    write_atomically(out / "memory.md", table.encode())
     plot_growth(rows, out / "memory-growth.png")
+    if not any("error" in row for row in measured):  # a bench that is run again measures again
+        partial.unlink(missing_ok=True)
     print(json.dumps(rows, indent=2) if as_json else table)
 
 

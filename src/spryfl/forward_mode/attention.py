@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from spryfl.errors import UnsupportedModuleError
 from spryfl.forward_mode.budget import ATTENTION_SHARE, chunk_bytes, each, is_dry
 from spryfl.forward_mode.dual import Dual, num_tangents, split
 
@@ -78,10 +79,15 @@ def attention_forward(
 
     Returns:
         (batch, queries, heads, head size), and no attention weights.
+
+    Raises:
+        UnsupportedModuleError: the module asks for more, which transformers' own such kernel would pass over.
     """
     unsupported = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
     if unsupported:
-        raise NotImplementedError(f"attention with {', '.join(unsupported)} has no forward-mode rule here (forward AD)")
+        raise UnsupportedModuleError(
+            f"{type(module).__name__}: no method here trains attention with {' and '.join(unsupported)}: take another"
+        )
     # A module that does not say so is causal without a mask, as in transformers, but not beside one of padding.
     given = is_causal if is_causal is not None else getattr(module, "is_causal", attention_mask is None)
     causal = bool(given) and query.shape[2] > 1 and (attention_mask is None or attention_mask.shape[2] == 1)

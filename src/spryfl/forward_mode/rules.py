@@ -125,7 +125,11 @@ def _cat(func: Any, tensors: list[Tensor], dim: int = 0) -> Dual:
 
 
 def _index(func: Any, x: Tensor, indices: list[Tensor | None]) -> Dual:
-    assert isinstance(x, Dual)
+    if not isinstance(x, Dual):
+        raise NotImplementedError(f"{func} by a dual number (forward AD)")
+    given = [place for place, index in enumerate(indices) if index is not None]
+    if given and given[-1] - given[0] >= len(given):  # PyTorch would put what they pick before the tangents' axis
+        raise NotImplementedError(f"{func} with a whole dimension between two indices (forward AD)")
     return Dual(func(x.stacked, [None, *indices]))
 
 
@@ -145,11 +149,20 @@ def _aligned(x: Dual, dim: int) -> Tensor:
     return x.stacked.view(x.stacked.shape[0], *(1,) * missing, *x.shape) if missing > 0 else x.stacked
 
 
+def _promoted(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two operands, duals among them in the type that PyTorch gives their result."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dtype == b.dtype:
+        return a, b
+    dtype = torch.result_type(*(v.stacked[0] if isinstance(v, Dual) else v for v in (a, b)))
+    return tuple(Dual(v.stacked.to(dtype)) if isinstance(v, Dual) else v for v in (a, b))  # type: ignore[return-value]
+
+
 # Sums and products.
 
 
 def _add(func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Dual:
     """A + alpha b (or a - alpha b): linear in both together."""
+    a, b = _promoted(a, b)
     if isinstance(a, Dual) and isinstance(b, Dual):
         dim = max(a.dim(), b.dim())
         return Dual(func(_aligned(a, dim), _aligned(b, dim), alpha=alpha))
@@ -181,6 +194,7 @@ def _add_in_place(func: Any, a: Tensor, b: Any, *, alpha: Any = 1) -> Tensor:
 
 def _mul(func: Any, a: Any, b: Any) -> Dual:
     """(a b)' = a' b + a b'."""
+    a, b = _promoted(a, b)
     if isinstance(a, Dual) and isinstance(b, Dual):
         shape = torch.broadcast_shapes(a.shape, b.shape)
         first, second = _aligned(a, len(shape)), _aligned(b, len(shape))

@@ -21,7 +21,9 @@ from spryfl.forward_mode.patching import Forward, patched_forwards
 
 BATCH, TOKENS = 2, 8
 
+CAUGHT = (RuntimeError, NotImplementedError, UnsupportedModuleError)
 REMEDIES: tuple[tuple[str, str], ...] = (
+    ("no method here", "Forward mode and backprop run the same attention, so neither can"),
     ("scaled_dot_product", "Its attention bypasses transformers' attention interface: ask its authors to use it"),
     ("flash", "Its attention bypasses transformers' attention interface: ask its authors to use it"),
     ("tensor subclass", "It computes outside PyTorch (NumPy, a kernel of its own): replace it by plain PyTorch"),
@@ -54,6 +56,10 @@ class SupportReport:
     problems: tuple[Problem, ...]
 
 
+class _NoWayOnError(Exception):
+    """A module fails without tangents too, so what lies above it cannot be asked."""
+
+
 def check_support(model: nn.Module) -> SupportReport:
     """Find every module of a transformers model that a tangent cannot pass through.
 
@@ -72,7 +78,9 @@ def check_support(model: nn.Module) -> SupportReport:
     with torch.no_grad(), head_rows(model, ids[0, :1]), guarded, _tangent_on_embeddings(model):
         try:
             output = model(input_ids=ids, attention_mask=mask)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        except _NoWayOnError:
+            pass
+        except (*CAUGHT, TypeError, ValueError) as error:
             problems.setdefault("", _problem("", model, error))
         else:
             if not problems and num_tangents(output[0]) == 0:
@@ -95,10 +103,14 @@ def _recording(path: str, module: nn.Module, forward: Forward, problems: dict[st
         before = len(problems)
         try:
             output = forward(*args, **kwargs)
-        except (RuntimeError, NotImplementedError) as error:
+        except CAUGHT as error:
             problems[path] = _problem(path, module, error)
             plain_args, plain_kwargs = tree_map(_primal, (args, kwargs))
-            return tree_map(_with_zero_tangent, forward(*plain_args, **plain_kwargs))
+            try:
+                plain = forward(*plain_args, **plain_kwargs)
+            except CAUGHT as again:  # the modules around it are not to blame
+                raise _NoWayOnError from again
+            return tree_map(_with_zero_tangent, plain)
         # A rotary embedding takes the hidden state for its device and dtype only, so a module of no
         # parameters that drops the tangent is fine unless all of its input's users lose it.
         if len(problems) == before and _carries(args) and not _carries(output) and _owns_weights(module):

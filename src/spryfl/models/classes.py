@@ -69,7 +69,14 @@ def require_class(config: Any, name: str, task: TaskKind) -> None:
             "such as BERT, or a decoder, such as Llama"
         )
     made = MODEL_CLASSES[task]
-    if made.auto.__name__ in (getattr(config, "auto_map", None) or {}) or task == "classification":
+    if made.auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        return
+    if task == "classification":
+        if type(config) not in AutoModelForSequenceClassification._model_mapping:
+            raise ModelError(
+                f"{name}: transformers has no text classifier of {config.model_type} models: take another, such as "
+                "builtin:minilm"
+            )
         return
     if task == "qa":
         if type(config) not in AutoModelForQuestionAnswering._model_mapping:
