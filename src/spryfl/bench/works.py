@@ -97,7 +97,6 @@ WORKS: dict[str, Work] = {
         Work("opt-13b-streamed", "opt-13b", "nf4", True, 4, 64, EVERY),
         Work("opt-13b", "opt-13b", "nf4", False, 4, 384, EVERY),
         Work("llama2-7b-long", "llama2-7b", "nf4", False, 8, 384, EVERY),
-        Work("llama2-7b-long-8-layers", "llama2-7b", "nf4", False, 8, 384, EVERY, layers=8),
     )
 }
 
