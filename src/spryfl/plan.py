@@ -84,7 +84,7 @@ class Plan:
         if fixed < budget:
             other = (
                 f"or lower --batch or --tokens, as {row.activation_bytes:,} bytes of it are activations and the rest "
-                f"leaves {budget - fixed:,} for them"
+                f"leaves {budget - fixed:,} for them; a smaller method.chunk, which is not planned here, spares some"
             )
         else:
             other = f"as weights, adapter and process alone take {fixed:,} bytes, whatever the batch"
