@@ -3,14 +3,16 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, Gemma2Config, LlamaConfig
+from transformers import BertConfig, Gemma2Config, LlamaConfig, MambaConfig
 
 from families import FAMILIES, batch_loss, build, padded_batch, trainable
-from spryfl.errors import UnsupportedModuleError
+from spryfl.config import TaskKind
+from spryfl.errors import ModelError, UnsupportedModuleError
 from spryfl.forward_mode.attention import register_attention
 from spryfl.forward_mode.support import check_support, require_support
 from spryfl.gradients.forward import loss_and_slopes
 from spryfl.memory.meter import ActivationMeter
+from spryfl.models.classes import require_class
 from spryfl.models.skeleton import hollow_model
 
 
@@ -121,6 +123,15 @@ def test_attention_that_no_method_trains_is_named_alone() -> None:
     (problem,) = check_support(hollow_model(config)).problems
     assert (problem.module, problem.kind) == ("model.layers.0.self_attn", "Gemma2Attention")
     assert "no method here trains attention with softcap" in problem.reason
+
+
+@pytest.mark.parametrize("task", ["classification", "qa"])
+def test_a_model_that_transformers_has_no_class_of_is_refused(task: TaskKind) -> None:
+    require_class(LlamaConfig(), "llama", task)
+    with pytest.raises(
+        ModelError, match=r"transformers has no AutoModelFor\w+ for folder, a mamba model: take another"
+    ):
+        require_class(MambaConfig(), "folder", task)
 
 
 def test_checking_an_adapted_model_leaves_its_operators() -> None:

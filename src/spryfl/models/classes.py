@@ -71,21 +71,15 @@ def require_class(config: Any, name: str, task: TaskKind) -> None:
     made = MODEL_CLASSES[task]
     if made.auto.__name__ in (getattr(config, "auto_map", None) or {}):
         return
-    if task == "classification":
-        if type(config) not in AutoModelForSequenceClassification._model_mapping:
+    there = type(config) in made.auto._model_mapping
+    if task in ("classification", "qa"):
+        if not there:
             raise ModelError(
-                f"{name}: transformers has no text classifier of {config.model_type} models: take another, such as "
-                "builtin:minilm"
+                f"task.kind = '{task}': transformers has no {made.auto.__name__} for {name}, a {config.model_type} "
+                "model: take another, such as builtin:minilm"
             )
         return
-    if task == "qa":
-        if type(config) not in AutoModelForQuestionAnswering._model_mapping:
-            raise ModelError(
-                f"task.kind = 'qa': transformers has no question answering for {name}, a {config.model_type} model: "
-                "take another, such as builtin:minilm"
-            )
-        return
-    if type(config) not in AutoModelForCausalLM._model_mapping or not _is_causal(config):
+    if not there or not _is_causal(config):
         raise ModelError(
             f"task.kind = '{task}': {name} is a {config.model_type} model, no decoder that goes on with a prompt: "
             "take one such as builtin:smollm2, or task.kind = 'classification'"
