@@ -106,7 +106,15 @@ class Plan:
         }.get(row.estimator, exact)
         if row.streamed:
             why += ", though its weights are read from disk at every step"
-        return f"{row.name}: {why}."
+        return f"{row.name}: {why}.{self._conversion(row)}"
+
+    def _conversion(self, row: Prediction) -> str:
+        """What is to be written first, as streamed weights pass through as they lie on disk."""
+        if not row.streamed:
+            return ""
+        if row.precision in PACKED and self.request.stored is None:
+            return f" Write them so first: spry quantize MODEL OUT_DIR --precision {row.precision}."
+        return "" if self.request.mappable else " Write them as safetensors first: model.save_pretrained(OUT_DIR)."
 
 
 def make_plan(request: PlanRequest) -> Plan:

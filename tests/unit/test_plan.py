@@ -12,7 +12,7 @@ from spryfl.config import AdapterConfig
 from spryfl.errors import ConfigError
 from spryfl.memory.meter import weight_bytes
 from spryfl.memory.plan import PassCost, Prediction, least, recommend
-from spryfl.models.weights import count_weights
+from spryfl.models.weights import Precision, count_weights
 from spryfl.plan import Plan, PlanRequest, make_plan
 
 PRECISIONS = ("float32", "bfloat16", "int8", "nf4")
@@ -67,6 +67,18 @@ def test_what_fits_nothing_is_told_the_least() -> None:
     with pytest.raises(ConfigError, match="alone take 170 bytes, whatever the batch"):
         Plan(replace(request, budget_bytes=99), ROWS, None, 2).require_fit()
     assert least(ROWS) is ROWS[-1]
+
+
+def test_weights_that_are_to_be_written_first_are_told(plan: Plan) -> None:
+    streamed = {row.precision: row for row in plan.rows if row.streamed and row.estimator == "forward"}
+
+    def reason(precision: Precision, **others: Any) -> str:
+        return replace(plan, request=replace(plan.request, **others), recommended=streamed[precision]).reason
+
+    assert reason("nf4").endswith("first: spry quantize MODEL OUT_DIR --precision nf4.")
+    assert reason("nf4", stored="nf4").endswith("at every step.")
+    assert reason("float32").endswith("at every step.")
+    assert reason("float32", mappable=False).endswith("first: model.save_pretrained(OUT_DIR).")
 
 
 def test_costs_through_two_depths() -> None:
