@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from flower_world import FlowerWorld, wait_for
 from spryfl.config import parse_config
+from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
 from spryfl.federated.rounds import run_round
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.messages import encode_answer, encode_task
@@ -76,7 +78,9 @@ def parcels(method: str) -> dict[str, float]:
     inner, sizes = InProcessRuntime(bench.client, bench.batch_tokens), {"down": 0, "up": 0}
 
     class Counting:
-        def run(self, tasks: Any) -> Any:
+        evaluate = inner.evaluate
+
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
             for task in tasks:
                 sizes["down"] += sum(map(len, (encode_task(task).header, encode_task(task).tensors)))
             for answer in inner.run(tasks):
@@ -96,9 +100,9 @@ def measure(method: str) -> dict[str, Any]:
             world.start_node(partition)
         wait_for(lambda: proxy.up > 0, 120, "the node is connected")
         time.sleep(5)  # it introduces itself
-        idle = (proxy.up, proxy.down)
+        start = (proxy.up, proxy.down)
         time.sleep(IDLE_SECONDS)
-        idle = ((proxy.up - idle[0]) / IDLE_SECONDS, (proxy.down - idle[1]) / IDLE_SECONDS)
+        idle = ((proxy.up - start[0]) / IDLE_SECONDS, (proxy.down - start[1]) / IDLE_SECONDS)
         run = world.submit()
         world.wait_for_round(1, 600)
         before, first = (proxy.up, proxy.down), world.events()[-1].round

@@ -7,7 +7,8 @@ Prints microseconds of the primal alone, of PyTorch's dual, and of ours, medians
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 
 import torch
@@ -20,7 +21,7 @@ from spryfl.forward_mode.operators import use_lean_operators
 REPEATS = 100
 
 
-def microseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def microseconds(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(REPEATS):
         for name, call in calls.items():
@@ -42,8 +43,8 @@ def main() -> None:
             with torch.no_grad(), forward_ad.dual_level():
                 tangent = torch.randn_like(x)
                 theirs, ours = forward_ad.make_dual(x, tangent), make_dual(x, tangent.unsqueeze(0))
-                calls = {"primal": (plain, x), "torch": (plain, theirs), "ours": (lean, ours)}
-                taken = microseconds({name: lambda m=m, v=v: m(v) for name, (m, v) in calls.items()})
+                calls = {"primal": partial(plain, x), "torch": partial(plain, theirs), "ours": partial(lean, ours)}
+                taken = microseconds(calls)
             print(
                 f"| {type(module).__name__} | {str(dtype)[6:]} | {taken['primal']:.0f} | {taken['torch']:.0f} | "
                 f"{taken['ours']:.0f} | {taken['ours'] / taken['torch']:.2f} |"

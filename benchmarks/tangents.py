@@ -9,13 +9,14 @@ taken in turn; seconds are medians, peaks are metered. PyTorch's forward mode ne
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spryfl.bench.measure import dense_model
-from spryfl.bench.steps import UNCHUNKED, LossModule, Subject, eager_attention
-from spryfl.forward_mode.budget import chunks_of
+from spryfl.bench.steps import LossModule, Subject, eager_attention
+from spryfl.forward_mode.budget import NO_LIMIT, chunks_of
 from spryfl.gradients.forward import loss_and_slopes
 from spryfl.memory.meter import ActivationMeter
 from spryfl.models.shapes import shape_config
@@ -35,21 +36,22 @@ def main() -> None:
     def vmap_of_jvp() -> Tensor:
         wrapped = LossModule(subject)
 
-        def of(perturbed: dict[str, Tensor]) -> Tensor:
+        def of(perturbed: dict[str, Tensor]) -> Any:
             return torch.func.functional_call(wrapped, {f"model.{n}": p for n, p in perturbed.items()}, ())
 
-        def slope(one: dict[str, Tensor]) -> Tensor:
+        def slope(one: dict[str, Tensor]) -> Any:
             return torch.func.jvp(of, (values,), (one,))[1]
 
-        with torch.no_grad(), chunks_of(UNCHUNKED), eager_attention(model):
-            return torch.func.vmap(slope)(tangents)
+        with torch.no_grad(), chunks_of(NO_LIMIT), eager_attention(model):
+            slopes: Tensor = torch.func.vmap(slope)(tangents)
+            return slopes
 
     def passes(num_tangents: int) -> Callable[[], Tensor]:
         parts = [{n: t[k : k + num_tangents] for n, t in tangents.items()} for k in range(0, K, num_tangents)]
         return lambda: torch.cat([loss_and_slopes(model, loss, part)[1] for part in parts])
 
     def inference() -> Tensor:
-        with torch.inference_mode(), chunks_of(UNCHUNKED):
+        with torch.inference_mode(), chunks_of(NO_LIMIT):
             return loss(model)
 
     steps = {

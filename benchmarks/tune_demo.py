@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -40,7 +41,12 @@ ADAM_GRID = [
     {"local.learning_rate": local, "server.learning_rate": server}
     for server, local in itertools.product((1e-2, 3e-3, 3e-2), (0.1, 0.03, 0.3, 1.0))
 ]
-GRIDS = {"fedyogi_guided": ADAM_GRID, "fedadam": ADAM_GRID, "spry": YOGI_GRID, "fedmezo": MEAN_GRID}
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "fedyogi_guided": ADAM_GRID,
+    "fedadam": ADAM_GRID,
+    "spry": YOGI_GRID,
+    "fedmezo": MEAN_GRID,
+}
 
 
 def training_rows(folder: Path) -> Path:
