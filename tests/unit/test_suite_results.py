@@ -11,6 +11,7 @@ from pyarrow import parquet
 from spryfl.compare.equal_score import equal_score_table
 from spryfl.compare.plots import plot_dataset, scores_seen
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
+from spryfl.compare.summary import summary_table
 from spryfl.compare.tables import Table, metrics_table, overview_tables, results_table, search_table, target_table
 from spryfl.report.intervals import interval
 from spryfl.tracking.events import RoundEvent
@@ -164,6 +165,36 @@ def test_costs_at_an_equal_score() -> None:
     assert apart is not None
     assert apart.lines[0][3:] == ["", ""]  # no seed that both have
     assert equal_score_table(slow, ["Fast"]) is None
+
+
+def test_all_datasets_in_a_line_for_each_method() -> None:
+    def runs(label: str, dataset: str, scores: tuple[float, ...], metric: str = "accuracy") -> list[Result]:
+        events = tuple(event(round, score) for round, score in enumerate(scores))
+        rows = [row(label=label, dataset=dataset, seed=s, central_test=scores[-1], metric=metric) for s in (0, 1)]
+        return [Result(own, events) for own in rows]
+
+    results = [
+        *runs("Slow", "a", (0.25, 0.25, 0.5)),
+        *runs("Fast", "a", (0.25, 0.5, 0.75)),
+        *runs("Slow", "b", (0.25, 0.25, 0.25, 0.5)),
+        *runs("Fast", "b", (0.25, 0.5, 0.5, 0.5)),
+        *runs("Slow", "c", (0.25, 0.5)),
+        *runs("Fast", "c", (0.25, 0.375)),
+        *runs("Slow", "words", (9.0, 8.0, 7.0, 6.0), "perplexity"),
+        *runs("Fast", "words", (9.0, 5.0), "perplexity"),
+        *runs("Alone", "d", (0.25, 0.5)),
+        *runs("Stuck", "a", (0.25, 0.0)),
+    ]
+    table = summary_table(results, ["Fast", "Absent"])
+    assert table is not None
+    assert list(table.headings) == ["method", "Fast: points higher", "Fast: x CPU"]
+    assert list(map(list, table.lines)) == [
+        ["Slow", "+0.0 (-12.5 to +25.0)", "0.33 (0.33 to 0.50), never in 1 of 4"],
+        ["Fast", "", ""],
+        ["Alone", "", ""],
+        ["Stuck", "+75.0", ""],  # best before training, which costs nothing
+    ]
+    assert summary_table(results, ["Absent"]) is None
 
 
 def test_less_is_better_in_costs_at_an_equal_score() -> None:

@@ -1,6 +1,7 @@
 """Costs at an equal score: what it took others to be as good as a method was at its best."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from spryfl.compare.results import Reached, Result, reached
 from spryfl.compare.tables import Table, number
@@ -14,13 +15,54 @@ COSTS: tuple[tuple[str, Callable[[Reached], float]], ...] = (
 """Heading, and what is compared."""
 NEVER = "never"
 
+BySeed = Mapping[int, Result]
+"""A method's runs on one dataset."""
+
+
+@dataclass(frozen=True)
+class AtBest:
+    """A method at its best evaluation on one dataset, seed by seed; the one before training counts too."""
+
+    scores: Mapping[int, float]
+    reached: Mapping[int, Reached]
+
+    @classmethod
+    def of(cls, runs: BySeed) -> "AtBest":
+        """From its runs."""
+        scores = {seed: _best(result) for seed, result in runs.items()}
+        return cls(scores, {seed: _reached(runs[seed], score) for seed, score in scores.items()})
+
+
+def by_label(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
+    """One dataset's runs: label -> seed -> run."""
+    found: dict[str, dict[int, Result]] = {}
+    for result in results:
+        found.setdefault(result.row.label, {})[result.row.seed] = result
+    return found
+
+
+def parts(contender: BySeed, best: AtBest) -> tuple[float | None, ...] | None:
+    """A contender's costs to be as good as a method was at its best, in parts of the method's own.
+
+    Costs count up to the first evaluated round that is as good, so that rare evaluations are to the disadvantage of
+    whoever learns fast. Ratios are of sums over the seeds that both have.
+
+    Returns:
+        One for each of `COSTS`, None where the method had no costs; None if the contender was never as good in one of
+        the seeds.
+    """
+    shared = [seed for seed in best.scores if seed in contender]
+    found = [reached(contender[seed].events, best.scores[seed], contender[seed].row.metric) for seed in shared]
+    known = [own for own in found if own is not None]
+    if len(known) < len(found):
+        return None
+    theirs = [sum(cost(best.reached[seed]) for seed in shared) for _, cost in COSTS]
+    ours = [sum(map(cost, known)) for _, cost in COSTS]
+    return tuple(own / other if other > 0 else None for own, other in zip(ours, theirs, strict=True))
+
 
 def equal_score_table(results: Sequence[Result], contenders: Sequence[str]) -> Table | None:
     """One dataset: each method's best evaluation, and contenders' costs to be as good, in parts of its own.
-
-    Costs count up to the first evaluated round that is as good, so that rare evaluations are to the disadvantage of
-    whoever learns fast. Ratios are of sums over the seeds that both have; a contender that in any of them was never as
-    good has none.
 
     Args:
         contenders: labels of methods.
@@ -28,25 +70,21 @@ def equal_score_table(results: Sequence[Result], contenders: Sequence[str]) -> T
     Returns:
         None where no contender has a finished run.
     """
-    by_label: dict[str, dict[int, Result]] = {}
-    for result in results:
-        by_label.setdefault(result.row.label, {})[result.row.seed] = result
-    present = [label for label in contenders if label in by_label]
+    runs = by_label(results)
+    present = [label for label in contenders if label in runs]
     lines = []
-    for label, own in by_label.items():
-        best = {seed: _best(result) for seed, result in own.items()}
-        there = {seed: _reached(own[seed], best[seed]) for seed in own}
-        seconds = [at.client_cpu_seconds for at in there.values()]
-        cells = [interval(list(best.values())).shown(), number(interval(seconds).mean)]
+    for label, own in runs.items():
+        best = AtBest.of(own)
+        seconds = [at.client_cpu_seconds for at in best.reached.values()]
+        cells = [interval(list(best.scores.values())).shown(), number(interval(seconds).mean)]
         for contender in present:
-            cells += [""] * len(COSTS) if contender == label else _ratios(by_label[contender], best, there)
+            cells += [""] * len(COSTS) if contender == label else _cells(parts(runs[contender], best))
         lines.append([label, *cells])
     told = [f"{contender}: x {heading}" for contender in present for heading, _ in COSTS]
     return Table(["method", "its best", "client CPU (s)", *told], lines) if present else None
 
 
 def _best(result: Result) -> float:
-    """The best score of any evaluation, the one before training included."""
     scores = [event.score for event in result.events if event.score is not None]
     return min(scores) if result.row.metric in LOWER_IS_BETTER else max(scores)
 
@@ -57,15 +95,7 @@ def _reached(result: Result, score: float) -> Reached:
     return found
 
 
-def _ratios(results: Mapping[int, Result], best: Mapping[int, float], there: Mapping[int, Reached]) -> list[str]:
-    """A contender's costs over those of a method, a cell each."""
-    shared = [seed for seed in best if seed in results]
-    found = [reached(results[seed].events, best[seed], results[seed].row.metric) for seed in shared]
-    known = [own for own in found if own is not None]
-    if len(known) < len(found):
+def _cells(found: tuple[float | None, ...] | None) -> list[str]:
+    if found is None:
         return [NEVER] * len(COSTS)
-    cells = []
-    for _, cost in COSTS:
-        theirs = sum(cost(there[seed]) for seed in shared)
-        cells.append(f"{sum(map(cost, known)) / theirs:.2f}" if theirs > 0 else "")
-    return cells
+    return ["" if part is None else f"{part:.2f}" for part in found]

@@ -17,6 +17,7 @@ from spryfl.compare.cells import Suite
 from spryfl.compare.equal_score import equal_score_table
 from spryfl.compare.plots import plot_dataset
 from spryfl.compare.results import Result, ResultRow, read_results, write_parquet
+from spryfl.compare.summary import summary_table
 from spryfl.compare.tables import Table, metrics_table, note, overview_tables, results_table, search_table, target_table
 from spryfl.config import SearchConfig, SuiteConfig
 from spryfl.tracking.run_directory import write_atomically
@@ -28,6 +29,10 @@ STYLE = (
     "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
 )
 Block = str | Table | Path
+SUMMARY = (
+    "By how many points of the central test some methods end above each, and in what part of its client CPU seconds "
+    "they are as good as it was at its best evaluation: medians over datasets, and from the least to the most."
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,9 @@ def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:
         glance: list[Block] = []
         for heading, table in overview_tables(rows):
             glance += [f"{heading.capitalize()}, in each dataset's own metric:", table]
+        summary = summary_table(results, contenders)
+        if summary is not None:
+            glance += [SUMMARY, summary]
         sections.append(Section("At a glance", glance))
     for dataset, ran in _by_dataset(results).items():
         own = [result.row for result in ran]
