@@ -61,7 +61,14 @@ class MapKeeper:
             return state
         if guide.maps is None:
             return self._fitted(state)
-        maps = read_maps(Path(guide.maps).expanduser(), base_fingerprint(self.config.model), guide.horizon)
+        model = self.adapted.model
+        maps = read_maps(
+            Path(guide.maps).expanduser(),
+            base_fingerprint(self.config.model),
+            guide.horizon,
+            len(layer_calls(model)),
+            model.config.get_text_config().hidden_size,
+        )
         return self._with_cosines(replace(state, maps=maps)) if guide.text else replace(state, maps=maps)
 
     def keep(self, state: FederatedState) -> tuple[FederatedState, float | None, bool]:

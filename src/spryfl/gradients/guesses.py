@@ -98,6 +98,29 @@ def tensors_of(maps: Mapping[int, BackwardMap]) -> dict[str, Tensor]:
     return tensors
 
 
+def fault_of(tensors: Mapping[str, Tensor], num_places: int, hidden: int) -> str | None:
+    """What keeps tensors from being maps as `tensors_of` lays them out; None if nothing does.
+
+    Args:
+        num_places: of the model, that are guessed for, from 0.
+        hidden: width of its hidden states.
+    """
+    rank = tensors["basis"].shape[-1] if "basis" in tensors else 0
+    needed = {"basis": (hidden, rank)} | {f"{place}/own": (rank, hidden) for place in range(num_places)}
+    allowed = needed | {f"{place}/across": (NUM_POSITIONS, rank, hidden) for place in range(num_places)}
+    for name in [*needed, *tensors]:
+        if name not in tensors:
+            return f"lacks {name}"
+        if name not in allowed:
+            return f"{name} is no map of a layer below the exact ones"
+        found = tensors[name]
+        if tuple(found.shape) != allowed[name] or not found.is_floating_point():
+            return f"{name} is {found.dtype} of shape {tuple(found.shape)}, not floating-point of {allowed[name]}"
+        if not bool(found.isfinite().all()):
+            return f"{name} has a value that is not finite"
+    return None
+
+
 def maps_from(tensors: Mapping[str, Tensor]) -> dict[int, BackwardMap]:
     """The maps that `tensors_of` laid out."""
     places = sorted(int(name.partition("/")[0]) for name in tensors if name.endswith("/own"))

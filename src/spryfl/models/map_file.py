@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spryfl.errors import ModelError
 from spryfl.gradients.backward_maps import MapSettings
-from spryfl.gradients.guesses import BackwardMap, tensors_of
+from spryfl.gradients.guesses import BackwardMap, fault_of, tensors_of
 
 BASE, HORIZON = "base_sha256", "horizon"
 
@@ -32,11 +32,16 @@ def write_maps(path: Path, maps: Mapping[int, BackwardMap], settings: MapSetting
         fresh.unlink(missing_ok=True)
 
 
-def read_maps(path: Path, base: str, horizon: int) -> dict[str, Tensor]:
+def read_maps(path: Path, base: str, horizon: int, num_layers: int, hidden: int) -> dict[str, Tensor]:
     """Maps laid out as tensors (`gradients.guesses.tensors_of`).
 
+    Args:
+        base: the base model's fingerprint.
+        horizon: layers passed through exactly.
+        num_layers, hidden: the model's calls of layers, and the width of its hidden states.
+
     Raises:
-        ModelError: the file is missing or damaged, or its maps were fitted for another base model or horizon.
+        ModelError: the file is missing or damaged, or it holds no sound maps for this base model and horizon.
     """
     try:
         with safe_open(str(path), framework="pt") as handle:
@@ -54,6 +59,7 @@ def read_maps(path: Path, base: str, horizon: int) -> dict[str, Tensor]:
             f"guide.maps = '{path}': fitted for guide.horizon = {metadata.get(HORIZON)}, not {horizon}: set that, or "
             f"fit them anew with spry fit-maps --horizon {horizon}"
         )
-    if "basis" not in tensors:
-        raise ModelError(f"guide.maps = '{path}': holds no backward maps; write them with spry fit-maps")
+    fault = fault_of(tensors, num_layers - 1 - horizon, hidden)
+    if fault is not None:
+        raise ModelError(f"guide.maps = '{path}': no sound backward maps ({fault}): write them with spry fit-maps")
     return tensors

@@ -1,0 +1,45 @@
+"""Backward maps on disk: what is read back is sound, or it is told why not."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spryfl.errors import ModelError
+from spryfl.gradients.backward_maps import MapSettings
+from spryfl.gradients.guesses import NUM_POSITIONS, BackwardMap
+from spryfl.models.map_file import read_maps, write_maps
+
+Maps = dict[str, Tensor]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda maps: {k: v for k, v in maps.items() if k != "0/own"}, "lacks 0/own"),
+        (lambda maps: maps | {"upper/own": maps["0/own"]}, "upper/own is no map"),
+        (lambda maps: maps | {"1/own": maps["0/own"]}, "1/own is no map"),
+        (
+            lambda maps: maps | {"0/own": maps["0/own"][:, 1:].contiguous()},
+            r"0/own is torch.float32 of shape \(2, 7\), not .*2, 8",
+        ),
+        (lambda maps: maps | {"basis": maps["basis"].int()}, "basis is torch.int32"),
+        (lambda maps: maps | {"0/across": maps["0/across"] * math.nan}, "0/across has a value that is not finite"),
+    ],
+)
+def test_maps_are_sound_before_any_client_gets_them(change: Callable[[Maps], Maps], fault: str, tmp_path: Path) -> None:
+    maps = {0: BackwardMap(torch.ones(8, 2), torch.ones(2, 8), torch.ones(NUM_POSITIONS, 2, 8))}
+    path, settings = tmp_path / "maps.safetensors", MapSettings()
+    write_maps(path, maps, settings, "base", "words")
+    sound = read_maps(path, "base", settings.horizon, num_layers=2, hidden=8)
+    assert sound.keys() == {"basis", "0/own", "0/across"}
+    with safe_open(str(path), framework="pt") as handle:
+        metadata = handle.metadata()
+    save_file({name: tensor.clone() for name, tensor in change(sound).items()}, path, metadata)
+    with pytest.raises(ModelError, match=f"{fault}.* spry fit-maps"):
+        read_maps(path, "base", settings.horizon, num_layers=2, hidden=8)
