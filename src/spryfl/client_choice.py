@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from spryfl.client_memory import SMALLER_CHUNKS, ClientMemory, require_some
+from spryfl.client_memory import ClientMemory, require_some
 from spryfl.config import RunConfig
 from spryfl.federated.choosing import Calibration, Candidate, Choice, choose
 from spryfl.federated.fitting import PassSettings
@@ -95,7 +95,7 @@ class ClientChoice:
     def _budgeted(self, budget: int, units: Sequence[str]) -> Candidate:
         """As many kept layer inputs as fit, but fewer than per layer; with the smallest chunks, to make room."""
         memory = self._memories["per_layer"]
-        depth, state, chunk = memory.depth(units), memory.dry.work.state_bytes, SMALLER_CHUNKS[-1]
+        depth, state, chunk = memory.depth(units), memory.dry.work.state_bytes, memory.chunks[-1]
 
         def peak(kept: int) -> int:
             own = replace(memory, passes="budgeted", checkpoint_budget_bytes=kept * state, _known={})
@@ -207,11 +207,11 @@ class ClientChoice:
         return 4 * guide.rank * hidden * num_maps
 
     def _largest_chunk(self, budget: int | None, peak: Callable[[int], int]) -> tuple[int, int]:
-        for chunk in SMALLER_CHUNKS:
+        for chunk in self.memory.chunks:
             found = peak(chunk)
             if budget is None or found <= budget:
                 return chunk, found
-        return SMALLER_CHUNKS[-1], found
+        return self.memory.chunks[-1], found
 
     def _with_lower_layers(self, flops: int, depth: int) -> int:
         """With the layers below the uppermost `depth`, which compute as in inference."""

@@ -44,6 +44,7 @@ class ClientMemory:
         kinds: how many times K tangents a step takes where all units share K; bottlenecks have their own.
         low_inputs: unit -> bytes of what its bottleneck is given, kept; empty for other estimators.
         low_numbers: unit -> numbers at its bottleneck, each with K tangents.
+        chunks: what temporaries of a pass may take, from the most; a client without the memory takes less.
     """
 
     budgets: Sequence[int]
@@ -59,6 +60,7 @@ class ClientMemory:
     kinds: int = 1
     low_inputs: Mapping[str, int] = field(default_factory=dict)
     low_numbers: Mapping[str, int] = field(default_factory=dict)
+    chunks: Sequence[int] = SMALLER_CHUNKS
     _known: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
     def budget(self, client: int) -> int:
@@ -72,7 +74,7 @@ class ClientMemory:
     def within(self, budget: int, units: Sequence[str]) -> PassSettings | None:
         """As `fit`, for a budget."""
         for k in self._tangents():
-            for chunk_bytes in SMALLER_CHUNKS:
+            for chunk_bytes in self.chunks:
                 if self.peak_bytes(units, k, chunk_bytes) <= budget:
                     return PassSettings(k if self._has_slopes else None, chunk_bytes)
         return None
@@ -109,7 +111,7 @@ class ClientMemory:
         """
 
         def least(wanted: Sequence[str]) -> int:
-            return self.peak_bytes(wanted, 1, SMALLER_CHUNKS[-1])
+            return self.peak_bytes(wanted, 1, self.chunks[-1])
 
         return require_some(self, self.within, least, units, shared)
 
@@ -148,6 +150,11 @@ class ClientMemory:
         state = self.dry.work.state_bytes
         kept = min(depth, max(1, self.checkpoint_budget_bytes // state))
         return max(inference, peak - (depth - kept) * state)
+
+
+def chunks_from(largest: int) -> tuple[int, ...]:
+    """What a pass's temporaries may take: what the run asks for, then less."""
+    return (largest, *(chunk for chunk in SMALLER_CHUNKS if chunk < largest))
 
 
 def require_some(
@@ -217,6 +224,7 @@ def client_memory(config: RunConfig, adapted: AdaptedModel, batch: int, tokens: 
         kinds=2 if lows and not lows.keys() >= set(parameters) else 1,
         low_inputs={u: at_once * adapted.dtype.itemsize * sum(m.in_features for m in low_of[u]) for u in low_of},
         low_numbers={u: at_once * sum(m.out_features for m in low_of[u]) for u in low_of},
+        chunks=chunks_from(config.method.chunk or DEFAULT_CHUNK_BYTES),
         drawing_bytes=DRAWING_BYTES if config.method.distribution in ("orthogonal", "coordinate") else 0,
     )
 

@@ -124,6 +124,16 @@ def test_settings_shrink_with_the_budget(tiny_config: Callable[..., RunConfig]) 
     assert memory.within(poor - 1, unit) is None
 
 
+def test_the_runs_own_chunk_is_the_largest(tiny_config: Callable[..., RunConfig]) -> None:
+    memory = Workbench.from_config(
+        tiny_config(clients__memory=["100GB"], method__name="spry", method__chunk="1MiB")
+    ).client_memory
+    assert memory is not None
+    unit = [next(iter(memory.values))]
+    assert memory.within(10**11, unit) == PassSettings(1, 2**20)
+    assert memory.chunks == (2**20, 2**19)
+
+
 def test_lower_units_cost_backprop_more(tiny_config: Callable[..., RunConfig]) -> None:
     memory = Workbench.from_config(budgets(tiny_config(method__name="fedyogi_split"), 10**12)).client_memory
     assert memory is not None
