@@ -121,6 +121,9 @@ def client_task(state: FederatedState, federation: Federation, client: int, deal
     """What the server asks of a client in the next round."""
     units = deal.units[client]
     parameters = tuple(name for unit in units for name in federation.units[unit])
+    settings = deal.settings[client]
+    guided = settings is None or settings.estimator in (None, "guided")  # others would not look at what guides
+    guessed = {place for unit in units for place in federation.places.get(unit, ())} if guided else set()
     return ClientTask(
         round=state.round + 1,
         client=client,
@@ -129,9 +132,9 @@ def client_task(state: FederatedState, federation: Federation, client: int, deal
         parameters=parameters,
         values=state.values,
         upload=federation.upload,
-        settings=deal.settings[client],
-        maps=maps_for(state.maps, {place for unit in units for place in federation.places.get(unit, ())}),
-        momentum=momentum_of(state.moments, parameters) if federation.momentum else {},
+        settings=settings,
+        maps=maps_for(state.maps, guessed),
+        momentum=momentum_of(state.moments, parameters) if federation.momentum and guided else {},
         last_change={name: state.last_change[name] for name in parameters if name in state.last_change},
         groups=tangent_groups(federation.training.tangents_per, [federation.units[unit] for unit in units]),
         deadline_seconds=federation.deadline_seconds,
