@@ -25,7 +25,7 @@ from spryfl.gradients.guesses import BackwardMap, MapGuess, cosines_of, maps_fro
 from spryfl.models.fingerprint import base_fingerprint
 from spryfl.models.layers import layer_calls
 from spryfl.models.loading import AdaptedModel
-from spryfl.models.map_file import read_maps
+from spryfl.models.map_file import Purpose, read_maps, task_fingerprint
 from spryfl.tasks import Encode
 from spryfl.workbench import Workbench
 
@@ -64,8 +64,7 @@ class MapKeeper:
         model = self.adapted.model
         maps = read_maps(
             Path(guide.maps).expanduser(),
-            base_fingerprint(self.config.model),
-            guide.horizon,
+            self.purpose,
             len(layer_calls(model)),
             model.config.get_text_config().hidden_size,
         )
@@ -99,6 +98,11 @@ class MapKeeper:
         return MapSettings(guide.horizon, guide.rank, guide.across, guide.ridge)
 
     @property
+    def purpose(self) -> Purpose:
+        """What maps of this run are good for."""
+        return Purpose(base_fingerprint(self.config.model), task_fingerprint(self.config.task), self.settings)
+
+    @property
     def num_batches(self) -> int:
         """Of the public text, that maps are fitted on."""
         return len(self._losses) - self._num_held_out
@@ -108,9 +112,9 @@ class MapKeeper:
         return _mean(self.quality(state.values, maps_from(state.maps)))
 
     def cosines(self, state: FederatedState) -> dict[int, float]:
-        """Of the state's maps, by layer; none where there are no maps, or no text to measure them on."""
+        """Of the state's maps, by layer: measured now if there is text, else what came with the file."""
         if not state.maps or self.config.guide.text is None:
-            return {}
+            return cosines_of(state.maps)
         return self.quality(state.values, maps_from(state.maps))
 
     def quality(self, values: dict[str, Tensor], maps: dict[int, BackwardMap]) -> dict[int, float]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from prompted import TEMPLATE, WORDS, save_decoder
 from spryfl.cli.main import main
-from spryfl.config import RunConfig, parse_config, with_overrides
+from spryfl.config import RunConfig, load_config, parse_config, with_overrides
 from spryfl.data.public_text import load_public_text
 from spryfl.errors import ConfigError, DataError, ModelError
 from spryfl.federated.client import loaded
@@ -23,7 +23,7 @@ from spryfl.federated.state import FederatedState
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import ForwardGradient
-from spryfl.gradients.guesses import COSINES, cosines_of, maps_for
+from spryfl.gradients.guesses import COSINES, cosines_of, maps_for, with_cosines
 from spryfl.gradients.guided import GuidedGradient
 from spryfl.map_keeper import MapKeeper
 from spryfl.runtime.in_process import InProcessRuntime
@@ -109,8 +109,8 @@ def test_units_below_maps_take_steps_by_what_their_guess_is_worth(
         torch.testing.assert_close(steps[1][name], full * (0.25 if name in lowest else 1.0))
 
 
-def test_trust_needs_text_to_measure_cosines_on(tiny_config: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ConfigError, match="trust = 2 needs text, on which the server measures"):
+def test_trust_needs_maps(tiny_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match="trust = 2 goes by the cosines of maps"):
         tiny_config(method__name="spry_guided", guide__trust=2.0)
 
 
@@ -164,6 +164,10 @@ def test_maps_hold_while_nothing_drifts(tiny_config: Callable[..., RunConfig], p
     assert same is state
     assert not fitted
     assert cosine == pytest.approx(cosines_of(state.maps)[0])
+    # Held until the cosine is below 0.9 of what it was, and fitted again from there on.
+    for was, due in ((cosine / 0.91, False), (cosine / 0.89, True)):
+        _, _, fitted = keeper.keep(replace(state, maps=with_cosines(state.maps, {0: was})))
+        assert fitted is due
 
 
 def test_the_guess_is_nearer_the_gradient_than_random_tangents_on_a_trained_model(
@@ -242,8 +246,8 @@ def test_fit_maps_then_train_with_them(
 ) -> None:
     maps = tmp_path / "maps.safetensors"
     assert fit(monkeypatch, decoder, public, maps) == 0
-    out, _ = capsys.readouterr()
-    assert "kB a layer" in out
+    out_of_fit, _ = capsys.readouterr()
+    assert "kB a layer" in out_of_fit
     task = {"kind": "prompted", "template": TEMPLATE, "label_words": WORDS}
     changed = {
         "model.name": str(decoder),
@@ -260,14 +264,28 @@ def test_fit_maps_then_train_with_them(
     assert summary["num_failures"] == 0
     assert summary["bytes_down_per_client_round"] > 4 * summary["trainable_parameters"] + 8
 
-    # Another base model of the same shape, and another horizon.
+    # Another base model of the same shape, another horizon, kind of map, or prompt.
     other = save_decoder("llama", tmp_path / "other", tied=True, dtype=torch.bfloat16)
     capsys.readouterr()
-    for override in (f"model.name={other}", "guide.horizon=1"):
-        assert spry(monkeypatch, "run", path, "--out", tmp_path / override[:5], "--set", override) == 2
+    for number, (override, told) in enumerate(
+        (
+            (f"model.name={other}", "another base model"),
+            ("guide.horizon=1", "guide.horizon = 0, not 1"),
+            ("guide.across=false", "guide.across = true, not false"),
+            ("task.template={text} So", "another task or prompt (public.txt, prompt"),
+        )
+    ):
+        assert spry(monkeypatch, "run", path, "--out", tmp_path / f"bad-{number}", "--set", override) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1
-        assert ("another base model" if "name" in override else "guide.horizon = 0, not 1") in err
+        assert told in err
+
+    # What the fit was worth came with the file, so that no text is needed to know.
+    bench = Workbench.from_config(load_config(path))
+    keeper = MapKeeper.of(bench)
+    noted = keeper.cosines(keeper.start(bench.initial_state()))
+    shown = {int(line.split()[0]): float(line.split()[1]) for line in out_of_fit.splitlines()[1:-1]}
+    assert noted == pytest.approx(shown, abs=1e-3)
 
 
 def test_a_map_file_that_is_none(
@@ -285,8 +303,16 @@ def test_a_map_file_that_is_none(
         ({"guide": {"guess": "maps"}}, "needs maps .* or text"),
         ({"guide": {"text": "x.txt"}}, "belong to guess = 'maps'"),
         ({"guide": {"momentum": True}, "server": {"optimizer": "sgd"}}, "keeps no momentum"),
-        ({"guide": {"momentum": True, "slopes": "none"}}, "needs slopes along what it adds"),
+        (
+            {"method": {"name": "spry_guided"}, "guide": {"momentum": True, "slopes": "none"}},
+            "needs slopes along what it adds",
+        ),
         ({"method": {"name": "fedyogi_guided"}, "guide": {"explore": True}}, "guide.explore needs slopes"),
+        ({"method": {"name": "spry"}, "guide": {"momentum": True}}, "guide.momentum goes with guided tangents"),
+        (
+            {"method": {"name": "spry_guided", "distribution": "rademacher"}, "guide": {"explore": True}},
+            "guide.explore draws normal numbers",
+        ),
         ({"method": {"name": "spry_guided", "upload": "slopes"}}, "directions are not drawn from a seed"),
         ({"method": {"name": "spry_per_iteration", "exact_head": True}}, "cannot be rebuilt from slopes"),
         ({"guide": {"horizont": 1}}, "Did you mean 'horizon'"),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from spryfl.errors import ModelError
 from spryfl.gradients.backward_maps import MapSettings
-from spryfl.gradients.guesses import NUM_POSITIONS, BackwardMap
-from spryfl.models.map_file import read_maps, write_maps
+from spryfl.gradients.guesses import NUM_POSITIONS, BackwardMap, cosines_of
+from spryfl.models.map_file import Purpose, read_maps, write_maps
 
 Maps = dict[str, Tensor]
 
@@ -34,12 +34,12 @@ Maps = dict[str, Tensor]
 )
 def test_maps_are_sound_before_any_client_gets_them(change: Callable[[Maps], Maps], fault: str, tmp_path: Path) -> None:
     maps = {0: BackwardMap(torch.ones(8, 2), torch.ones(2, 8), torch.ones(NUM_POSITIONS, 2, 8))}
-    path, settings = tmp_path / "maps.safetensors", MapSettings()
-    write_maps(path, maps, settings, "base", "words")
-    sound = read_maps(path, "base", settings.horizon, num_layers=2, hidden=8)
-    assert sound.keys() == {"basis", "0/own", "0/across"}
+    path, purpose = tmp_path / "maps.safetensors", Purpose("base", "task", MapSettings())
+    write_maps(path, maps, {0: 0.5}, purpose, "words")
+    sound = read_maps(path, purpose, num_layers=2, hidden=8)
+    assert cosines_of(sound) == {0: 0.5}
     with safe_open(str(path), framework="pt") as handle:
         metadata = handle.metadata()
     save_file({name: tensor.clone() for name, tensor in change(sound).items()}, path, metadata)
     with pytest.raises(ModelError, match=f"{fault}.* spry fit-maps"):
-        read_maps(path, "base", settings.horizon, num_layers=2, hidden=8)
+        read_maps(path, purpose, num_layers=2, hidden=8)

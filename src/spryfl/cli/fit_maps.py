@@ -8,8 +8,12 @@ import typer
 
 def fit_maps(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="builtin:NAME, a hub id, or a local folder.")],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="Public text: Parquet, CSV, JSONL, or a text a line.")],
-    prompt: Annotated[str, typer.Option(help="The task's prompt, such as 'Review: {text}\\nSentiment:'.")],
+    text: Annotated[
+        Path, typer.Option(metavar="FILE", help="Public text: Parquet, CSV, JSONL, or .txt with a text a line.")
+    ],
+    prompt: Annotated[
+        str, typer.Option(help="The task's prompt, such as 'Review: {text}\\nSentiment:'; \\n is a new line.")
+    ],
     word: Annotated[list[str], typer.Option(help="A label word, such as ' positive'; give it for every class.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the maps go.")] = Path("maps.safetensors"),
     column: Annotated[list[str] | None, typer.Option(help="Of the text, for each field of the prompt.")] = None,
@@ -36,7 +40,7 @@ def fit_maps(
         {
             "seed": seed,
             "model": {"name": model},
-            "task": {"kind": "prompted", "template": prompt, "label_words": word},
+            "task": {"kind": "prompted", "template": prompt.replace("\\n", "\n"), "label_words": word},
             "data": {"text_columns": fields, "max_tokens": tokens},
             "method": {"name": "spry_guided"},
             "guide": {

@@ -151,8 +151,8 @@ class GuideConfig(Part):
     def _maps_have_a_source(self) -> "GuideConfig":
         if self.guess == "maps" and self.maps is None and self.text is None:
             raise ValueError("guess = 'maps' needs maps (a file written by spry fit-maps) or text (to fit them on)")
-        if self.trust > 0 and self.text is None:
-            raise ValueError(f"trust = {self.trust:g} needs text, on which the server measures the maps' cosines")
+        if self.trust > 0 and self.guess != "maps":
+            raise ValueError(f"trust = {self.trust:g} goes by the cosines of maps: set guess = 'maps', or leave it out")
         if self.guess != "maps" and (self.maps is not None or self.text is not None):
             raise ValueError(f"maps and text belong to guess = 'maps', not '{self.guess}': set that, or leave them out")
         return self

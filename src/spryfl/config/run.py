@@ -59,8 +59,18 @@ class RunConfig(Part):
         if self.guide.momentum and server == "sgd":
             raise ValueError("guide.momentum: server.optimizer = 'sgd' keeps no momentum; choose 'yogi' or 'adam'")
         for key in ("explore", "momentum"):
+            if getattr(self.guide, key) and self.method.own_estimator not in ("guided", "auto"):
+                raise ValueError(
+                    f"guide.{key} goes with guided tangents, and estimator '{self.method.own_estimator}' has none: "
+                    "leave it out, or set method.name = 'spry_guided'"
+                )
             if getattr(self.guide, key) and self.own_slopes == "none":
                 raise ValueError(f"guide.{key} needs slopes along what it adds: set guide.slopes = 'step' or 'unit'")
+        if self.guide.explore and self.method.distribution != "gaussian":
+            raise ValueError(
+                f"guide.explore draws normal numbers, as method.distribution = '{self.method.distribution}' would be "
+                "biased beside a guess: leave one of them out"
+            )
         if self.guide.trust > 0 and self.method.own_estimator != "guided":
             raise ValueError(
                 f"guide.trust = {self.guide.trust:g} scales steps along guesses, and estimator "

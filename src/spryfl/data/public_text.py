@@ -48,7 +48,8 @@ def _columns(name: str, columns: tuple[str, ...]) -> list[list[str]]:
         try:
             splits = load_splits(DataConfig(name=name, text_columns=columns))
         except DataError as error:
-            raise DataError(str(error).replace("data.name", "guide.text")) from error
+            told = str(error).replace("data.name", "guide.text").replace("known endings: ", "known endings: .txt, ")
+            raise DataError(told) from error
     rows = splits.get("train", next(iter(splits.values())))
     for column in columns:
         if column not in rows.column_names:

@@ -99,15 +99,17 @@ def tensors_of(maps: Mapping[int, BackwardMap]) -> dict[str, Tensor]:
 
 
 def fault_of(tensors: Mapping[str, Tensor], num_places: int, hidden: int) -> str | None:
-    """What keeps tensors from being maps as `tensors_of` lays them out; None if nothing does.
+    """What keeps tensors from being maps as `with_cosines` lays them out; None if nothing does.
 
     Args:
         num_places: of the model, that are guessed for, from 0.
         hidden: width of its hidden states.
     """
     rank = tensors["basis"].shape[-1] if "basis" in tensors else 0
-    needed = {"basis": (hidden, rank)} | {f"{place}/own": (rank, hidden) for place in range(num_places)}
-    allowed = needed | {f"{place}/across": (NUM_POSITIONS, rank, hidden) for place in range(num_places)}
+    places = range(num_places)
+    needed: dict[str, tuple[int, ...]] = {"basis": (hidden, rank), COSINES: (num_places,)}
+    needed |= {f"{place}/own": (rank, hidden) for place in places}
+    allowed = needed | {f"{place}/across": (NUM_POSITIONS, rank, hidden) for place in places}
     for name in [*needed, *tensors]:
         if name not in tensors:
             return f"lacks {name}"
