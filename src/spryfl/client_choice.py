@@ -125,13 +125,18 @@ class ClientChoice:
             if self.config.own_slopes != "none":
                 yield self._guided_with(budget, units, horizon, self.config.own_slopes)
 
+    def own_guess(self, budget: int | None, units: Sequence[str]) -> Candidate:
+        """Guided tangents as the run itself sets them, with the largest chunks that fit."""
+        return self._guided_with(budget, units, self.config.guide.horizon, self.config.own_slopes)
+
     def _guided_with(self, budget: int | None, units: Sequence[str], horizon: int, slopes: SlopesPer) -> Candidate:
         dry, depth, state = self.memory.dry, self.memory.depth(units), self.memory.dry.work.state_bytes
         passed = self._whole - horizon
         own = {place for unit in units for place in self.places[unit]}
         run_back = len(own | set(range(passed, self._whole)))
         guessed = [place for place in own if place < passed]
-        run_again = max(guessed) - min(guessed) + 1 - len(guessed)  # layers between that have no units
+        between = max(guessed) - min(guessed) + 1 if guessed else 0
+        run_again = between - len(guessed)  # layers between that have no units
         rows = self._slope_rows(units, passed, slopes)
         values = sum(self.memory.values[unit] for unit in units)
         upper = depth < self._whole
@@ -239,6 +244,34 @@ class ClientChoice:
             "per_layer": replace(self.memory, passes="per_layer", _known={}),
             "forward": replace(self.memory, passes="forward", _known={}),
         }
+
+
+@dataclass(frozen=True)
+class GuidedMemory:
+    """Tells which units a client can train along guesses, where the run itself is guided: its `fit` is a `Fit`.
+
+    Attributes:
+        choice: predicts them.
+    """
+
+    choice: ClientChoice
+
+    def fit(self, client: int, units: Sequence[str]) -> PassSettings | None:
+        """The largest chunks with which these units fit a client; None if they do not."""
+        return self.within(self.choice.memory.budget(client), units)
+
+    def within(self, budget: int, units: Sequence[str]) -> PassSettings | None:
+        """As `fit`, for a budget."""
+        found = self.choice.own_guess(budget, units)
+        return PassSettings(None, found.settings.chunk_bytes) if found.peak_bytes <= budget else None
+
+    def least_bytes(self, units: Sequence[str]) -> int:
+        """The fewest that these units can be trained in."""
+        return self.choice.own_guess(0, units).peak_bytes
+
+    def require_some(self, units: Sequence[str], shared: Sequence[str]) -> tuple[str, ...]:
+        """As `ClientMemory.require_some`."""
+        return require_some(self.choice.memory, self.within, self.least_bytes, units, shared)
 
 
 def client_choice(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from spryfl.client_choice import ClientChoice, client_choice
+from spryfl.client_choice import ClientChoice, GuidedMemory, client_choice
 from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
@@ -165,6 +165,13 @@ class Workbench:
         return client_choice(self.config, self.adapted, self._predictions, self.places)
 
     @cached_property
+    def fitting(self) -> ClientChoice | GuidedMemory | ClientMemory | None:
+        """What tells which units a client can train, and with which settings; None where memory is no matter."""
+        if self.client_memory is not None and self.config.method.own_estimator == "guided":
+            return GuidedMemory(client_choice(self.config, self.adapted, self.client_memory, self.places))
+        return self.client_choice or self.client_memory
+
+    @cached_property
     def _predictions(self) -> ClientMemory:
         batch = max(min(self.config.local.batch_size, len(self.partition[c])) for c in range(len(self.partition)))
         tokens = max(len(encoding["input_ids"]) for encoding in self.train.encodings)
@@ -173,8 +180,8 @@ class Workbench:
     @cached_property
     def unheld_units(self) -> tuple[str, ...]:
         """Units that no client has the memory for; they stay as they are."""
-        fitting = self.client_choice or self.client_memory
-        return () if fitting is None else fitting.require_some(list(self.federation.units), self.federation.shared)
+        units = list(self.federation.units)
+        return () if self.fitting is None else self.fitting.require_some(units, self.federation.shared)
 
     @cached_property
     def federation(self) -> Federation:
@@ -182,7 +189,6 @@ class Workbench:
         config, method = self.config, METHODS[self.config.method.name]
         head_is_shared = config.method.head == "every"
         server = config.server.optimizer or method.server
-        fitting = self.client_choice or self.client_memory
         return Federation(
             seed=config.seed,
             num_clients=len(self.partition),
@@ -194,7 +200,7 @@ class Workbench:
             rotate=config.method.rotate,
             upload=config.method.upload or method.upload,
             training=self.training,
-            fit=None if fitting is None else fitting.fit,
+            fit=None if self.fitting is None else self.fitting.fit,
             places={} if config.guide.guess != "maps" else self.places,
             trust=config.guide.trust,
             momentum=config.method.own_estimator in ("guided", "auto") and config.guide.momentum,

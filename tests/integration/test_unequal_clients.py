@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from spryfl.client_choice import GuidedMemory
 from spryfl.client_memory import SMALLER_CHUNKS, ClientMemory
 from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
@@ -81,6 +82,35 @@ def test_the_metered_peak_stays_within_the_budget(overrides: dict[str, object], 
     if "spry" in str(overrides["method__name"]):
         assert max(task.settings.num_tangents for task, _ in runtime.done) == 4
         assert min(task.settings.num_tangents for task, _ in runtime.done) < 4
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"method__name": "spry_guided", "guide__slopes": "none"},
+        {"method__name": "spry_guided"},
+        {"method__name": "spry_guided", "guide__horizon": 1},
+        {"method__name": "fedyogi_guided"},
+    ],
+    ids=lambda overrides: "-".join(str(value) for value in overrides.values()),
+)
+def test_guesses_take_what_guesses_take(overrides: dict[str, object], tiny_config: Make) -> None:
+    """A budget that holds a guess of every unit holds it in truth, and less than backprop of them would take."""
+    fitting = bench_with(tiny_config, LARGE, **overrides).fitting
+    assert isinstance(fitting, GuidedMemory)
+    memory, every = fitting.choice.memory, list(fitting.choice.memory.values)
+    small = fitting.least_bytes(every)
+    bench = bench_with(tiny_config, small, LARGE, **overrides)
+    assert bench.unheld_units == ()
+    _, report = run_round(bench.initial_state(), bench.federation, runtime := Metered(bench))
+    assert report.untrained == report.unheld == report.refused == report.failures == ()
+    for task, update in runtime.done:
+        budget = small if task.client % 2 == 0 else LARGE
+        assert task.settings.chunk_bytes is not None
+        assert 0 < update.peak_activation_bytes <= budget - PROCESS_BYTES - weight_bytes(bench.adapted.model)
+    assert fitting.within(fitting.least_bytes(["head"]) - 1, ["head"]) is None
+    if overrides.get("guide__slopes") == "none":
+        assert small < memory.peak_bytes(every, 1, SMALLER_CHUNKS[-1])
 
 
 def test_units_that_only_some_can_hold(tiny_config: Make) -> None:
