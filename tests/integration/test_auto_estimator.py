@@ -10,6 +10,9 @@ from spryfl.client_memory import SMALLER_CHUNKS
 from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
 from spryfl.federated.choosing import KINDS, Calibration
+from spryfl.federated.fitting import Deal, PassSettings
+from spryfl.federated.rounds import client_task
+from spryfl.map_keeper import MapKeeper
 from spryfl.run import run
 from spryfl.speeds import measure_speeds
 from spryfl.tracking.console import ConsoleObserver
@@ -102,6 +105,18 @@ def test_without_stated_memory_every_candidate_fits(tiny_config: Make, tmp_path:
     (event,) = directory.read_events()[1:]
     assert {row["estimator"] for row in event.settings} <= {"backprop", "guided", "forward"}
     assert all("to spare" not in row["reason"] for row in event.settings)
+
+
+def test_only_clients_that_are_guided_are_sent_maps(tiny_config: Make, tmp_path: Path) -> None:
+    text = tmp_path / "public.txt"
+    text.write_text("\n".join(f"a {noun} is {tone}" for noun in ("film", "plot") for tone in ("good", "bad") * 8))
+    bench = Workbench.from_config(auto(tiny_config, LARGE, guide__guess="maps", guide__text=str(text)))
+    state = MapKeeper.of(bench).start(bench.initial_state())
+    units = list(bench.federation.units)
+    settings = {0: PassSettings(estimator="backprop"), 1: PassSettings(estimator="guided"), 2: PassSettings()}
+    deal = Deal(dict.fromkeys(settings, tuple(units)), settings)
+    sent = {client: set(client_task(state, bench.federation, client, deal).maps) for client in settings}
+    assert sent == {0: set(), 1: {"basis", "0/own", "0/across"}, 2: {"basis", "0/own", "0/across"}}
 
 
 def test_what_auto_refuses(tiny_config: Make) -> None:
