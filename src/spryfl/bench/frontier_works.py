@@ -195,6 +195,13 @@ VARIANTS: dict[str, Variant] = {
             budget_states=2,
             rates_of="backprop",
         ),
+        Variant(
+            "backprop, budgeted",
+            "2 states",
+            {"method.name": "fedyogi", "method.checkpointing": "budgeted"},
+            budget_states=2,
+            rates_of="backprop",
+        ),
         Variant("guided maps", "h=0", MAPS, maps=True, rates_of="guess maps h=0"),
         Variant("guess maps", "h=0", GUESS, maps=True),
         Variant("guided identity", "h=0", GUIDED, rates_of="guess maps h=0"),
