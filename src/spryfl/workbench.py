@@ -16,7 +16,7 @@ from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
 from spryfl.data.loading import Rows, load_own_rows, load_rows
 from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
-from spryfl.data.task import Answers, Evaluation, Sample, Task
+from spryfl.data.task import Answers, Evaluation, Sample, Task, TokenTask
 from spryfl.errors import DataError, nearest
 from spryfl.estimators import CHOSEN_AMONG, new_estimator
 from spryfl.federated.accounting import Accountant
@@ -77,6 +77,9 @@ class PartitionData:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.task.losses(model, batch)
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return (self.task.token_losses if isinstance(self.task, TokenTask) else self.task.losses)(model, batch)
 
 
 @dataclass(frozen=True)

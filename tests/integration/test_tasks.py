@@ -24,8 +24,10 @@ from spryfl.data.loading import load_rows
 from spryfl.data.question_answering import QuestionAnswering
 from spryfl.errors import ConfigError, DataError
 from spryfl.evaluation import _averaged
+from spryfl.federated.client import BatchLoss
 from spryfl.federated.evaluation import ClientsEvaluation
 from spryfl.federated.rounds import run_round
+from spryfl.gradients.estimator import TokenLoss
 from spryfl.map_keeper import MapKeeper
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.suite import run_suite
@@ -216,6 +218,21 @@ def test_every_estimator(task: str, estimator: str, make: Callable[..., RunConfi
     assert not report.failures
     assert report.num_updates == 3
     assert any(not torch.equal(state.values[name], value) for name, value in bench.initial_state().values.items())
+
+
+@pytest.mark.parametrize(("task", "dimensions"), [("qa", 1), ("language_model", 2)])
+def test_clients_losses_are_told_as_finely_as_can_be(
+    task: str, dimensions: int, make: Callable[..., RunConfig]
+) -> None:
+    """By token where a causal model is to write, as bottleneck tangents take them; else by row."""
+    bench = Workbench.from_config(make(task))
+    data, model = bench.client(0).data, bench.adapted.model
+    loss = BatchLoss(data, data.batch([0, 1]), 0)
+    assert isinstance(loss, TokenLoss)
+    with torch.no_grad():
+        parts = loss.token_parts(model)
+        assert parts.dim() == dimensions
+        assert float(parts.sum()) == pytest.approx(float(loss(model)), rel=1e-5)
 
 
 def test_maps_fitted_on_public_text_alone(make: Callable[..., RunConfig], tables: dict[str, Any]) -> None:

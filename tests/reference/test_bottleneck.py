@@ -190,6 +190,9 @@ class NextToken:
         return self.parts(model).sum()
 
     def parts(self, model: nn.Module) -> Tensor:
+        return self.token_parts(model).sum(1)
+
+    def token_parts(self, model: nn.Module) -> Tensor:
         ids, mask = self.batch["input_ids"], self.batch["attention_mask"]
         logits = model(input_ids=ids, attention_mask=mask).logits
         following, counts = ids.roll(-1, 1), mask * mask.roll(-1, 1)
@@ -202,8 +205,11 @@ class NextToken:
 
 
 class ByRow(NextToken):
+    def token_parts(self, model: nn.Module) -> Tensor:
+        return super().token_parts(model).sum(1)
+
     def parts(self, model: nn.Module) -> Tensor:
-        return super().parts(model).sum(1)
+        return self.token_parts(model)
 
 
 def test_a_causal_models_parts_count_from_their_token_on() -> None:

@@ -16,7 +16,9 @@ from spryfl.config import AdapterConfig, DataConfig, ModelConfig, TaskConfig
 from spryfl.data.examples import Batch, Examples
 from spryfl.data.language_model import LanguageModel, tokenize_texts
 from spryfl.errors import DataError, ModelError
-from spryfl.forward_mode.budget import chunks_of
+from spryfl.forward_mode.budget import carrying, chunks_of
+from spryfl.forward_mode.dual import split
+from spryfl.forward_mode.inject import injected
 from spryfl.forward_mode.loss import IGNORED, require_bare_logits, row_losses
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.forward import loss_and_slopes
@@ -127,6 +129,35 @@ def test_losses_and_derivatives(family: str, chunk_bytes: int) -> None:
             _, found = backprop.loss_and_gradient(model, lambda m: losses_of(m, batch).mean(), names)
             assert all(torch.allclose(g, gradient[n], atol=1e-12) for n, g in zip(names, found, strict=True))
     assert loss == pytest.approx(float(losses.mean()))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 10**9])
+def test_losses_token_by_token(chunk_bytes: int) -> None:
+    """Rows' losses are their sums, slopes too, and each is autograd's of the tokens up to it alone."""
+    model, batch = build("llama", task="language_model"), lm_batch()
+    task, names = LanguageModel(TOKENIZER, torch.device("cpu")), trainable(model)
+    generator = torch.Generator().manual_seed(2)
+    tangents = {n: torch.randn(2, *model.get_parameter(n).shape, generator=generator).double() for n in names}
+    with chunks_of(chunk_bytes), torch.no_grad(), injected(model, tangents), carrying(2):
+        rows, row_slopes = split(task.losses(model, batch))
+        tokens, slopes = split(task.token_losses(model, batch))
+    assert row_slopes is not None
+    assert slopes is not None
+    assert tokens.shape == batch["input_ids"].shape
+    assert torch.allclose(tokens.sum(1), rows)
+    assert torch.allclose(slopes.sum(2), row_slopes)
+    labelled = batch["labels"][:, 1:] != IGNORED
+    assert torch.equal(tokens[:, :-1] != 0, labelled)
+    row, place = (int(found[-1]) for found in labelled.nonzero(as_tuple=True))
+    one = torch.full_like(batch["labels"], IGNORED)
+    one[row, place + 1] = batch["labels"][row, place + 1]
+    share = 1 / float(labelled[row].sum())
+    gradient = autograd_gradient(model, lambda m: whole_losses(m, batch | {"labels": one})[row] * share, names)
+    for k in range(2):
+        expected = sum((gradient[n] * tangents[n][k]).sum() for n in names)
+        assert float(slopes[k, row, place]) == pytest.approx(float(expected), rel=1e-9)
+    with pytest.raises(ValueError, match="no token carries a label"):
+        task.token_losses(model, batch | {"labels": torch.full_like(batch["labels"], IGNORED)})
 
 
 @pytest.mark.parametrize("settings", [{"quantization": "nf4"}, {"streamed": True}])

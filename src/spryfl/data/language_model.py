@@ -26,7 +26,7 @@ from spryfl.data.examples import Batch, Examples
 from spryfl.data.prompted import Prompts
 from spryfl.data.task import Evaluation, Sample, longest_first_batches
 from spryfl.errors import DataError
-from spryfl.forward_mode.loss import IGNORED, row_losses, token_scores
+from spryfl.forward_mode.loss import IGNORED, row_losses, token_losses, token_scores
 
 SAMPLE_TOKENS = 32  # written for a sample
 OPENING_TOKENS = 8  # of a text without a prompt, from which a sample goes on
@@ -61,6 +61,11 @@ class LanguageModel:
         """(rows,) the mean cross-entropy of each row's written tokens, in float32 at least."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return row_losses(model, inputs, batch["labels"])
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows, tokens) what each row's loss is the sum of, at the token that predicts."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return token_losses(model, inputs, batch["labels"])
 
     def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:
         """See `Task.evaluate`."""

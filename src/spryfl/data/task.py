@@ -52,6 +52,15 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class TokenTask(Protocol):
+    """A task whose loss sits on many tokens of a causal model."""
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows, tokens) what each row's loss is the sum of; a token's part depends on the tokens up to it alone."""
+        ...
+
+
+@runtime_checkable
 class Answers(Protocol):
     """A task whose answers are worth reading."""
 

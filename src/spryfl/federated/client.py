@@ -39,6 +39,10 @@ class ClientData(Protocol[BatchT]):
         """(rows,) the loss of each row of the batch."""
         ...
 
+    def token_losses(self, model: nn.Module, batch: BatchT) -> Tensor:
+        """(rows, tokens) what each row's loss is the sum of, if a causal model's; else `losses`."""
+        ...
+
 
 class Scores(Protocol):
     """How a model does on some examples."""
@@ -67,6 +71,12 @@ class BatchLoss(Generic[BatchT]):
     def parts(self, model: nn.Module) -> Tensor:
         """See `SeparableLoss.parts`."""
         losses = self._losses(model)
+        return losses / losses.shape[0]
+
+    def token_parts(self, model: nn.Module) -> Tensor:
+        """See `TokenLoss.token_parts`."""
+        torch.manual_seed(self.seed)
+        losses = self.data.token_losses(model, self.batch)
         return losses / losses.shape[0]
 
     def _losses(self, model: nn.Module) -> Tensor:

@@ -21,6 +21,7 @@ from spryfl.forward_mode.operators import linear
 from spryfl.forward_mode.patching import patched_forwards
 
 IGNORED = -100  # the label of a token without a loss, as in transformers
+NO_LABELS = "no token carries a label, so there is no loss: every text was truncated before its answer"
 WIDE_TENSORS = 2  # of vocabulary width alive at a time: the logits, and their exponentials
 
 Head = Callable[[Tensor], Tensor]
@@ -42,11 +43,34 @@ def row_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -
     Raises:
         ValueError: no token carries a label.
     """
-    rows, hidden, targets = _labelled(model, inputs, labels)
+    rows, _, hidden, targets = _labelled(model, inputs, labels)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shares = (rows == torch.arange(labels.shape[0], device=rows.device).unsqueeze(-1)).to(wide)
     shares /= shares.sum(-1, keepdim=True).clamp(min=1)
     return head_cross_entropy(*_head(model, hidden.dtype), hidden, targets, shares)
+
+
+def token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """What each row's loss (`row_losses`) is the sum of: a part for each token, of what it says of the next one.
+
+    Args:
+        model, inputs, labels: as in `row_losses`.
+
+    Returns:
+        (rows, tokens), zero where the next token carries no label; a dual if anything carries tangents.
+
+    Raises:
+        ValueError: no token carries a label.
+    """
+    rows, places, hidden, targets = _labelled(model, inputs, labels)
+    head, num_words = _head(model, hidden.dtype)
+    found = [_token_losses(head, hidden[chunk], targets[chunk]) for chunk in _chunks(hidden, num_words)]
+    if not found:
+        raise ValueError(NO_LABELS)
+    stack = torch.cat([part.stacked if isinstance(part, Dual) else part.unsqueeze(0) for part in found], -1)
+    spread = stack.new_zeros((len(stack), *labels.shape))
+    spread[:, rows, places] = stack / torch.bincount(rows)[rows]
+    return Dual(spread) if isinstance(found[0], Dual) else spread[0]
 
 
 def token_scores(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +82,7 @@ def token_scores(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor)
     Returns:
         (labelled tokens,) each.
     """
-    rows, hidden, targets = _labelled(model, inputs, labels)
+    rows, _, hidden, targets = _labelled(model, inputs, labels)
     head, num_words = _head(model, hidden.dtype)
     losses, right = [], []
     for chunk in _chunks(hidden, num_words):
@@ -90,7 +114,7 @@ def head_cross_entropy(head: Head, num_words: int, hidden: Tensor, labels: Tenso
             loss = _chunk_loss(head, part, label, share)
         total = loss if total is None else total + loss
     if total is None:
-        raise ValueError("no token carries a label, so there is no loss: every text was truncated before its answer")
+        raise ValueError(NO_LABELS)
     return total
 
 
@@ -116,8 +140,8 @@ def require_bare_logits(model: nn.Module, name: str) -> None:
         )
 
 
-def _labelled(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens that carry a label: row (tokens,), the hidden state before it (tokens, hidden), label (tokens,)."""
+def _labelled(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each token that carries a label: its row, the place before it, the hidden state there, its label."""
     targets = labels[:, 1:]
     if is_dry():  # without data to ask, all of them
         rows, places = (grid.flatten() for grid in torch.meshgrid(*map(torch.arange, targets.shape), indexing="ij"))
@@ -126,7 +150,7 @@ def _labelled(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) ->
     head = model.get_output_embeddings()  # type: ignore[operator]
     with patched_forwards([head], lambda module, forward: lambda hidden: hidden):
         hidden = model(**inputs).logits
-    return rows, hidden[rows, places], targets[rows, places]
+    return rows, places, hidden[rows, places], targets[rows, places]
 
 
 def _head(model: nn.Module, dtype: torch.dtype) -> tuple[Head, int]:
@@ -151,15 +175,21 @@ def _chunks(hidden: Tensor, num_words: int) -> Iterator[slice]:
 
 def _chunk_loss(head: Head, tokens: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
     """(rows,) weighted sums of the cross-entropies of a chunk of tokens (chunk, hidden size)."""
+    losses = _token_losses(head, tokens, labels)
+    return Dual(losses.stacked @ shares.T) if isinstance(losses, Dual) else shares @ losses
+
+
+def _token_losses(head: Head, tokens: Tensor, labels: Tensor) -> Tensor:
+    """(chunk,) the cross-entropies of a chunk of tokens (chunk, hidden size), a dual if there are tangents."""
     primal, tangents = split(head(tokens))
     primal = primal.to(torch.promote_types(primal.dtype, torch.float32))
     losses = nn.functional.cross_entropy(primal, labels, reduction="none")
     if tangents is None:
-        return shares @ losses
+        return losses
     stack = losses.new_empty((1 + tangents.shape[0], len(labels)))
     stack[0] = losses
     error = torch.softmax(primal, -1)
     error[torch.arange(len(labels), device=labels.device), labels] -= 1  # dL/dlogits
     for k, tangent in enumerate(tangents, 1):
         stack[k] = (error * tangent).sum(-1)
-    return Dual(stack @ shares.T)
+    return Dual(stack)

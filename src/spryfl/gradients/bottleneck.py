@@ -27,7 +27,7 @@ from spryfl.forward_mode.budget import carrying
 from spryfl.forward_mode.dual import Dual, new_stack, split
 from spryfl.forward_mode.inject import injected
 from spryfl.forward_mode.patching import Forward, patched_forwards
-from spryfl.gradients.estimator import GradientEstimate, Loss, SeparableLoss, gradient_from_slopes
+from spryfl.gradients.estimator import GradientEstimate, Loss, SeparableLoss, TokenLoss, gradient_from_slopes
 from spryfl.gradients.tangents import Draw
 
 LOW = "lora_A"  # what PEFT calls the maps to the bottleneck
@@ -68,7 +68,7 @@ class BottleneckGradient:
             for name, module in lows.items()
         }
         with torch.no_grad(), injected(model, tangents), carrying(num_own + num_others), _entering(model, places):
-            parts, slopes = split(loss.parts(model))
+            parts, slopes = split(loss.token_parts(model) if isinstance(loss, TokenLoss) else loss.parts(model))
         if parts.shape[0] != num_examples:
             raise ModelError(f"bottleneck tangents: {parts.shape[0]} parts of the loss for {num_examples} examples")
         if slopes is None:

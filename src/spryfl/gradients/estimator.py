@@ -20,10 +20,16 @@ class SeparableLoss(Protocol):
     def __call__(self, model: nn.Module) -> Tensor: ...
 
     def parts(self, model: nn.Module) -> Tensor:
-        """What the mean loss is the sum of: (rows,), or (rows, tokens) of a causal model.
+        """(rows,) what the mean loss is the sum of; a row's part depends on that row alone."""
+        ...
 
-        A row's part depends on that row alone, a token's on its row's tokens up to it.
-        """
+
+@runtime_checkable
+class TokenLoss(Protocol):
+    """A `SeparableLoss` that can also be told token by token where the model is causal."""
+
+    def token_parts(self, model: nn.Module) -> Tensor:
+        """(rows, tokens) of a causal model, where a part depends on its row's tokens up to it; else `parts`."""
         ...
 
 
