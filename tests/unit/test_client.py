@@ -45,6 +45,8 @@ class Rows:
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return batch_loss(batch).parts(model) * len(batch["labels"])
 
+    token_losses = losses
+
 
 def training(**changes: object) -> LocalTraining:
     base = LocalTraining("epoch", 2, 4, "adamw", 1e-2, 0.01, 2, "gaussian")
