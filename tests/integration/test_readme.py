@@ -23,6 +23,7 @@ SMALL_RUN = {
     "partition.num_clients": 10,
     "data.max_train_examples": 80,
     "data.max_test_examples": 40,
+    "runtime.num_workers": 1,  # most of the time would go into starting them
 }
 
 
@@ -77,7 +78,7 @@ def test_the_readmes_spry_commands_in_their_order(tmp_path: Path) -> None:
 
 
 def test_the_demo_end_to_end(tmp_path: Path) -> None:
-    done = spry([*small(["run", "demo"]), "--out", "demo", "--json"], tmp_path)
+    done = spry([*small(["run", "demo"]), "--set", "runtime.num_workers=2", "--out", "demo", "--json"], tmp_path)
     summary = json.loads(done.stdout)
     assert summary["model"] == "builtin:minilm"
     assert summary["method"] == "fedyogi_guided"
