@@ -124,6 +124,7 @@ SHOWN = (
     "guess maps h=8, all units, rank 8",
     "backprop split",
     "backprop split by layer",
+    "backprop, budgeted 2 states",
     "backprop",
 )
 """In the README, by estimator and dial."""
