@@ -28,6 +28,7 @@ Maps = dict[str, Tensor]
             lambda maps: maps | {"0/own": maps["0/own"][:, 1:].contiguous()},
             r"0/own is torch.float32 of shape \(2, 7\), not .*2, 8",
         ),
+        (lambda maps: maps | {"basis": torch.tensor(1.0)}, r"basis is torch.float32 of shape \(\)"),
         (lambda maps: maps | {"basis": maps["basis"].int()}, "basis is torch.int32"),
         (lambda maps: maps | {"0/across": maps["0/across"] * math.nan}, "0/across has a value that is not finite"),
     ],

@@ -182,26 +182,20 @@ def _guess(dial: str, settings: Settings, only: Literal["head", "prompted"] | No
     return Variant("guess maps", dial, GUESS | settings, maps=True, rates_of="guess maps h=0", only=only)
 
 
+def _budgeted(estimator: str, method: str) -> Variant:
+    """Backprop that keeps two hidden states and computes the others again."""
+    settings = {"method.name": method, "method.checkpointing": "budgeted"}
+    return Variant(estimator, "2 states", settings, budget_states=2, rates_of="backprop")
+
+
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant("head alone", "", {"method.name": "fedyogi", "adapter.kind": "head"}, rates_of="backprop", only="head"),
         Variant("backprop", "", {"method.name": "fedyogi"} | CHECKPOINTED),
         Variant("backprop split", "", {"method.name": "fedyogi_split"} | CHECKPOINTED, rates_of="backprop"),
-        Variant(
-            "backprop split, budgeted",
-            "2 states",
-            {"method.name": "fedyogi_split", "method.checkpointing": "budgeted"},
-            budget_states=2,
-            rates_of="backprop",
-        ),
-        Variant(
-            "backprop, budgeted",
-            "2 states",
-            {"method.name": "fedyogi", "method.checkpointing": "budgeted"},
-            budget_states=2,
-            rates_of="backprop",
-        ),
+        _budgeted("backprop split, budgeted", "fedyogi_split"),
+        _budgeted("backprop, budgeted", "fedyogi"),
         Variant("guided maps", "h=0", MAPS, maps=True, rates_of="guess maps h=0"),
         Variant("guess maps", "h=0", GUESS, maps=True),
         Variant("guided identity", "h=0", GUIDED, rates_of="guess maps h=0"),

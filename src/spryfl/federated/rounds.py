@@ -122,7 +122,7 @@ def client_task(state: FederatedState, federation: Federation, client: int, deal
     units = deal.units[client]
     parameters = tuple(name for unit in units for name in federation.units[unit])
     settings = deal.settings[client]
-    guided = settings is None or settings.estimator in (None, "guided")  # others would not look at what guides
+    guided = settings.estimator in (None, "guided")  # others would not look at what guides
     guessed = {place for unit in units for place in federation.places.get(unit, ())} if guided else set()
     return ClientTask(
         round=state.round + 1,

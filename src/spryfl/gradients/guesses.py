@@ -105,7 +105,7 @@ def fault_of(tensors: Mapping[str, Tensor], num_places: int, hidden: int) -> str
         num_places: of the model, that are guessed for, from 0.
         hidden: width of its hidden states.
     """
-    rank = tensors["basis"].shape[-1] if "basis" in tensors else 0
+    rank = tensors["basis"].shape[-1] if "basis" in tensors and tensors["basis"].dim() else 0
     places = range(num_places)
     needed: dict[str, tuple[int, ...]] = {"basis": (hidden, rank), COSINES: (num_places,)}
     needed |= {f"{place}/own": (rank, hidden) for place in places}
