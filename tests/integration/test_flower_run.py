@@ -218,8 +218,14 @@ def test_a_registered_node_killed_in_a_round_is_back_within_it(
 @pytest.mark.flower
 @pytest.mark.timeout(1800)
 def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """The server's process, then the SuperLink; what is trained is bitwise what one process trains."""
+    """The server's process, then the SuperLink; what is trained is bitwise what one process trains.
+
+    Guided, with all that it brings down: maps, fitted anew on the way, and the server's momentum.
+    """
     table = tiny(tiny_table, num_rounds=7, cohort_size=2) | {"partition": {"kind": "iid", "num_clients": 2}}
+    table["method"] = {"name": "spry_guided"}
+    table["guide"] = {"guess": "maps", "text": table["data"]["name"], "check_every": 2, "refit_below": 1.0}
+    table["guide"] |= {"text_columns": ["text"], "num_texts": 24, "momentum": True}
     threads = torch.get_num_threads()
     expected = in_process(table, tmp_path)
     torch.set_num_threads(threads)
@@ -238,6 +244,7 @@ def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[s
         assert not (world.run_dir / "summary.json").exists()
         assert world.finish(world.submit(), 300) == "finished:completed", world.log()
         assert world.log().count("going on after round") == 2
+        assert sum(event.maps_fitted for event in world.events()) > 0
     assert_same_adapter(world.run_dir, expected)
 
 

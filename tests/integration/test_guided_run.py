@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from prompted import TEMPLATE, WORDS, save_decoder
@@ -286,6 +287,25 @@ def test_fit_maps_then_train_with_them(
     noted = keeper.cosines(keeper.start(bench.initial_state()))
     shown = {int(line.split()[0]): float(line.split()[1]) for line in out_of_fit.splitlines()[1:-1]}
     assert noted == pytest.approx(shown, abs=1e-3)
+
+
+def test_maps_of_a_model_that_is_packed_while_loading(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], decoder: Path, public: Path, tmp_path: Path
+) -> None:
+    """Fitted through the packed weights that runs will have, and for the same base model."""
+    dense, packed = tmp_path / "dense.safetensors", tmp_path / "packed.safetensors"
+    assert fit(monkeypatch, decoder, public, dense) == 0
+    assert fit(monkeypatch, decoder, public, packed, "--quantization", "nf4") == 0
+    one, other = load_file(dense), load_file(packed)
+    assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in other.items()}
+    assert not torch.equal(one["0/own"], other["0/own"])
+    with safe_open(dense, "pt") as first, safe_open(packed, "pt") as second:
+        assert first.metadata()["base_sha256"] == second.metadata()["base_sha256"]
+    capsys.readouterr()
+    assert fit(monkeypatch, decoder, public, tmp_path / "no", "--quantization", "nf3") == 2
+    assert "model.quantization" in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_map_file_that_is_none(

@@ -218,8 +218,15 @@ def test_the_adapter_gives_the_reported_accuracy(tiny_config: Callable[..., RunC
     assert accuracy == pytest.approx(summary.accuracy)
 
 
-def test_resume_is_bitwise(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("guided", [False, True])
+def test_resume_is_bitwise(
+    guided: bool, tiny_config: Callable[..., RunConfig], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Guided, maps and momentum are read from the checkpoint too."""
     config = tiny_config(server__num_rounds=5, adapter__dropout=0.1)
+    if guided:
+        guide = {"guess": "maps", "text": str(tiny_data), "momentum": True}
+        config = tiny_config(server__num_rounds=5, method__name="spry_guided", guide=guide)
     run_suite(config, tmp_path / "whole")
 
     class Stop:

@@ -13,7 +13,7 @@ from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.backward_maps import MapSettings, fit_backward_maps, gradients_by_layer, guess_quality
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.estimator import GradientEstimator
-from spryfl.gradients.guesses import MapGuess, identity, positions
+from spryfl.gradients.guesses import MapGuess, identity, positions, tensors_of
 from spryfl.gradients.guided import GuidedGradient
 from spryfl.memory.meter import ActivationMeter
 from spryfl.models.layers import layer_calls
@@ -231,6 +231,8 @@ def test_maps_guess_better_than_identity_on_other_text(family: str) -> None:
     for name, across in (("own token", False), ("across tokens", True)):
         maps = fit_backward_maps(model, losses(model, 30), layers, MapSettings(across=across))
         quality[name] = guess_quality(model, fresh, layers, 0, MapGuess(maps))[0]
+        # As a message or file has them; else a client's products round otherwise than the server's own.
+        assert all(tensor.is_contiguous() for tensor in tensors_of(maps).values())
     assert quality["across tokens"] > max(quality["identity"], quality["own token"]), quality
 
 

@@ -22,6 +22,7 @@ def fit_maps(
     horizon: Annotated[int, typer.Option(min=0, help="guide.horizon of the runs they serve.")] = 0,
     rank: Annotated[int, typer.Option(min=1, help="Directions of the last gradient they carry, at most.")] = 32,
     across: Annotated[bool, typer.Option(help="Model the gradient on other tokens too.")] = True,
+    quantization: Annotated[str, typer.Option(help="model.quantization of the runs they serve.")] = "none",
     seed: Annotated[int, typer.Option(min=0, help="Of the random labels and the choice of texts.")] = 0,
 ) -> None:
     """Fit, for every layer, how the loss's gradient at the last hidden state comes down to it.
@@ -39,7 +40,7 @@ def fit_maps(
     config = parse_config(
         {
             "seed": seed,
-            "model": {"name": model},
+            "model": {"name": model, "quantization": quantization},
             "task": {"kind": "prompted", "template": prompt.replace("\\n", "\n"), "label_words": word},
             "data": {"text_columns": fields, "max_tokens": tokens},
             "method": {"name": "spry_guided"},

@@ -170,12 +170,15 @@ class _Regression:
             self._products[place_of_call] = self._products.get(place_of_call, 0) + product
 
     def solve(self, ridge: float) -> dict[int, BackwardMap]:
-        """The maps; columns that never occurred get zero."""
+        """The maps; columns that never occurred get zero.
+
+        Contiguous, as they will be sent and read: products of another layout are rounded otherwise.
+        """
         penalty = ridge * self._gram.diagonal().mean().clamp(min=1e-300)
         factor = torch.linalg.cholesky(self._gram + penalty * torch.eye(self._size, dtype=torch.float64))
-        rank, maps = self._basis.shape[1], {}
+        rank, basis, maps = self._basis.shape[1], self._basis.float().contiguous(), {}
         for place, product in sorted(self._products.items()):
-            weights = torch.cholesky_solve(product, factor).float()
+            weights = torch.cholesky_solve(product, factor).float().contiguous()
             across = weights[rank:].reshape(NUM_POSITIONS, rank, -1) if self._across else None
-            maps[place] = BackwardMap(self._basis.float(), weights[:rank].clone(), across)
+            maps[place] = BackwardMap(basis, weights[:rank].clone(), across)
         return maps
