@@ -219,7 +219,9 @@ class Workbench:
                 beta1=config.server.beta1,
                 beta2=config.server.beta2,
                 tau=config.server.tau,
-                schedule=Schedule(config.server.schedule, config.server.num_rounds, config.server.warmup_rounds),
+                schedule=Schedule(
+                    config.server.schedule, config.server.own_schedule_rounds, config.server.warmup_rounds
+                ),
             ),
             aggregation=config.server.aggregation,
             trim=config.server.trim,

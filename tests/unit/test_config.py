@@ -40,6 +40,7 @@ from spryfl.presets import find_preset
         ),
         ({"server": {"num_rounds": 4, "warmup_rounds": 4}}, "warmup_rounds = 4 of num_rounds = 4: warm up for fewer"),
         ({"server": {"schedule": "linaer"}}, "server.schedule"),
+        ({"server": {"num_rounds": 4, "schedule_rounds": 3}}, "schedule_rounds = 3 is less than num_rounds = 4: raise"),
         ({"server": {"cohort_size": 200}}, "exceeds partition.num_clients = 100"),
         ({"local": {"learning_rate": -1}}, "local.learning_rate: Input should be greater than 0 (got -1)"),
         ({"local": {"learning_rate": "fast"}}, "local.learning_rate"),

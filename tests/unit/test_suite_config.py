@@ -228,6 +228,16 @@ def test_a_datasets_trials_may_take_longer(tmp_path: Path) -> None:
     assert rounds == {"a": 2, "b": 3, "c": 3}
 
 
+@pytest.mark.parametrize(("rounds", "over"), [(2, 5), (9, 9), (None, 5)])
+def test_a_trial_is_the_beginning_of_a_run(rounds: int | None, over: int, tmp_path: Path) -> None:
+    """Its rates too: those of a short run fall at once, and hide what a high one does to a long run."""
+    base = {"server": {"num_rounds": 5, "schedule": "linear"}}
+    suite = read(tmp_path, base=base, search={"rounds": rounds} if rounds else {})
+    server = search_config(suite, suite.cells()[0], {}).server
+    assert (server.num_rounds, server.own_schedule_rounds) == (rounds or 5, over)
+    assert suite.run_config(suite.cells()[0]).server.own_schedule_rounds == 5
+
+
 def test_a_dataset_may_have_fewer_seeds(tmp_path: Path) -> None:
     suite = read(
         tmp_path, seeds=[3, 4], dataset=[{"name": "a"}, {"name": "b", "seeds": [4]}], method=[{"name": "spry"}]

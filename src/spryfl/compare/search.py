@@ -1,10 +1,10 @@
 """Hyperparameter search: the same number of trials for every method, none of which sees the test split.
 
-A trial is a short run on the training data alone: a part of it, cut off by the search's seed and so the same for all
-methods, takes the place of the test split. The first half of the trials, and at least five, are points of a Halton
-sequence, so that few cover the space, and methods with the same ranges try the same ones; the rest are drawn by
-Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). Each draw has a seed of its own, so a search that was
-stopped goes on as if it had not been.
+A trial is the beginning of a run, its rates those of the whole run's schedule, on the training data alone: a part of
+it, cut off by the search's seed and so the same for all methods, takes the place of the test split. The first half of
+the trials, and at least five, are points of a Halton sequence, so that few cover the space, and methods with the same
+ranges try the same ones; the rest are drawn by Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). Each
+draw has a seed of its own, so a search that was stopped goes on as if it had not been.
 """
 
 import json
@@ -92,6 +92,7 @@ def search_config(suite: Suite, cell: Cell, tried: Settings) -> RunConfig:
         "seed": settings.seed,
         "data.validation_fraction": settings.validation_fraction,
         "server.num_rounds": rounds,
+        "server.schedule_rounds": max(rounds, own.server.own_schedule_rounds),
         "evaluation.every": rounds,
     }
     if own.evaluation.held_out > 0:  # those rows stay out of training, but the score alone is asked for

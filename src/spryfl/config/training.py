@@ -32,6 +32,9 @@ class ServerConfig(Part):
     optimizer: Literal["sgd", "adagrad", "adam", "yogi"] | None = Field(None, description="the method's by default")
     learning_rate: PositiveFloat | None = Field(None, description="0.01; sgd: 1 on values (the mean), 0.1 on gradients")
     schedule: ScheduleKind = Field("constant", description="of the learning rate over the rounds")
+    schedule_rounds: Positive | None = Field(
+        None, description="over which the schedule runs: num_rounds by default, more for the beginning of a longer run"
+    )
     warmup_rounds: int = Field(0, ge=0, description="in which the learning rate rises evenly")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
@@ -54,6 +57,15 @@ class ServerConfig(Part):
     )
 
     @model_validator(mode="after")
+    def _schedule_covers_the_run(self) -> "ServerConfig":
+        if self.own_schedule_rounds < self.num_rounds:
+            raise ValueError(
+                f"schedule_rounds = {self.schedule_rounds} is less than num_rounds = {self.num_rounds}: raise it, or "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rounds_are_left_after_the_warmup(self) -> "ServerConfig":
         if self.warmup_rounds >= self.num_rounds:
             raise ValueError(
@@ -66,6 +78,11 @@ class ServerConfig(Part):
         if self.aggregation != "trimmed_mean" and self.trim != type(self).model_fields["trim"].default:
             raise ValueError(f"trim belongs to aggregation = 'trimmed_mean', not '{self.aggregation}': leave it out")
         return self
+
+    @property
+    def own_schedule_rounds(self) -> int:
+        """What was asked for, or the run's own number."""
+        return self.schedule_rounds or self.num_rounds
 
 
 When = Literal["never", "end", "every"]
