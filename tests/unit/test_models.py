@@ -100,6 +100,10 @@ def test_builtin_models_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(builtin, "BUILTIN_MODELS", missing)
     with pytest.raises(ModelError, match="not installed: pip install x"):
         builtin.locate("builtin:x")
+    unread = {"x": builtin.BuiltinModel("spryfl", ".", "__init__.py", "", "h/x", "pip install x", "", ("no_reader",))}
+    monkeypatch.setattr(builtin, "BUILTIN_MODELS", unread)
+    with pytest.raises(ModelError, match="not installed: pip install x"):
+        builtin.locate("builtin:x")
 
 
 def test_the_saved_name_is_one_others_can_load() -> None:

