@@ -10,12 +10,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spryfl.config import TaskConfig
 from spryfl.errors import ModelError
 from spryfl.gradients.backward_maps import MapSettings
 from spryfl.gradients.guesses import NUM_POSITIONS, BackwardMap, cosines_of
-from spryfl.models.map_file import Purpose, read_maps, write_maps
+from spryfl.models.map_file import Purpose, read_maps, task_fingerprint, write_maps
 
 Maps = dict[str, Tensor]
+
+
+def test_a_prompt_is_the_same_whatever_its_fields_are_called() -> None:
+    def of(template: str) -> str:
+        return task_fingerprint(TaskConfig(kind="prompted", template=template, label_words=(" a", " b")))
+
+    assert of("{text} It was") == of("{sentence} It was")
+    assert of("{a} or {b}, {a}") == of("{b} or {a}, {b}")
+    assert len({of("{a} It was"), of("{a} It is"), of("{a} It was {a}"), of("{a} It was {b}"), of("It was")}) == 5
 
 
 @pytest.mark.parametrize(

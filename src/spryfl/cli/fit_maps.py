@@ -12,7 +12,10 @@ def fit_maps(
         Path, typer.Option(metavar="FILE", help="Public text: Parquet, CSV, JSONL, or .txt with a text a line.")
     ],
     prompt: Annotated[
-        str, typer.Option(help="The task's prompt, such as 'Review: {text}\\nSentiment:'; \\n is a new line.")
+        str,
+        typer.Option(
+            help="The task's prompt, such as 'Review: {text}\\nSentiment:', with the text's columns; \\n is a new line."
+        ),
     ],
     word: Annotated[list[str], typer.Option(help="A label word, such as ' positive'; give it for every class.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the maps go.")] = Path("maps.safetensors"),

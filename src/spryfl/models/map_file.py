@@ -34,8 +34,12 @@ class Purpose:
 
 
 def task_fingerprint(task: TaskConfig) -> str:
-    """A hash of the kind of task and, of a prompted one, of its prompt and label words."""
-    told = [task.kind, task.template, list(task.label_words or ())]
+    """A hash of the kind of task and, of a prompted one, of its prompt and label words.
+
+    What the prompt's fields are called does not count, only where they stand: public text has other columns.
+    """
+    numbers = {None: None} | {column: n for n, column in enumerate(dict.fromkeys(c for _, c in task.pieces if c))}
+    told = [task.kind, [(text, numbers[column]) for text, column in task.pieces], list(task.label_words or ())]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
