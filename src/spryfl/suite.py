@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spryfl.config import RunConfig, compared_configs
+from spryfl.errors import SpryError
 from spryfl.report.plots import plot_comparison
 from spryfl.run import run, with_absolute_paths
 from spryfl.tracking.events import Observer, Summary
@@ -16,13 +17,18 @@ def run_suite(config: RunConfig, path: Path, observers: ObserversOf = lambda dir
     """Start a run in a new directory; the main run's summary comes first.
 
     Args:
-        path: of the run directory; must not hold a run.
+        path: of the run directory; must not hold a run. A run that fails before its first evaluation leaves none.
         observers: makes the observers of each run's directory.
     """
     config = with_absolute_paths(config)
     directory = create_run_directory(path)
     directory.write_config(config)
-    return resume_suite(directory, observers)
+    try:
+        return resume_suite(directory, observers)
+    except SpryError:
+        if not directory.read_events():
+            directory.clear()  # what is wrong can be mended and run under the same name
+        raise
 
 
 def resume_suite(directory: RunDirectory, observers: ObserversOf = lambda directory: ()) -> list[Summary]:

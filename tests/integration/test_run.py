@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from spryfl.config import RunConfig
-from spryfl.errors import ConfigError, RunDirectoryError
+from spryfl.errors import ConfigError, DataError, RunDirectoryError
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
 from spryfl.federated.method import METHODS
 from spryfl.runtime.workers import WorkerRuntime
@@ -313,6 +313,20 @@ def test_a_run_directory_is_never_overwritten(tiny_config: Callable[..., RunConf
     run_suite(tiny_config(), tmp_path / "run")
     with pytest.raises(RunDirectoryError, match="--resume"):
         run_suite(tiny_config(), tmp_path / "run")
+
+
+def test_a_run_that_never_began_leaves_its_name_free(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = tiny_config(method__name="fedavg", server__num_rounds=1)
+    wrong = config.model_copy(update={"data": config.data.model_copy(update={"label_column": "no_such"})})
+    with pytest.raises(DataError, match="no_such"):
+        run_suite(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("kept")
+    with pytest.raises(DataError, match="no_such"):
+        run_suite(wrong, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    run_suite(config, tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_is_named(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:

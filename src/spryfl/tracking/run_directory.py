@@ -153,6 +153,13 @@ class RunDirectory:
             return None
         return Summary.from_row(json.loads(self.summary_file.read_text(encoding="utf-8")))
 
+    def clear(self) -> None:
+        """Remove what a run writes before its first event, and the folder unless it holds something else."""
+        for file in (self.config_file, self.events_file, self.choice_file, self.path / "partition.png"):
+            file.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def write_adapter(self, save_to: Callable[[Path], None]) -> None:
         """Have a folder written under another name, then put it in place."""
         fresh = self.path / "adapter.tmp"
