@@ -308,6 +308,24 @@ def test_maps_of_a_model_that_is_packed_while_loading(
     assert not (tmp_path / "no").exists()
 
 
+def test_fit_maps_that_cannot_be_written_or_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], decoder: Path, public: Path, tmp_path: Path
+) -> None:
+    """Told before the fit, and of the prompt's own field where the text has no such column."""
+    assert fit(monkeypatch, decoder, public, tmp_path) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err
+    table, binary = tmp_path / "public.csv", tmp_path / "public.txt"
+    table.write_text("sentence\n" + "\n".join(public.read_text().splitlines()))
+    binary.write_bytes(b"caf\xe9\n")
+    out = tmp_path / "maps.safetensors"
+    assert fit(monkeypatch, decoder, table, out, "--prompt", "Review: {sentence}\nSentiment:") == 0
+    capsys.readouterr()
+    for text, told in ((table, "no column 'text'"), (binary, "byte 3 is not UTF-8")):
+        assert fit(monkeypatch, decoder, text, out) == 2
+        assert told in (err := capsys.readouterr().err)
+        assert err.count("\n") == 1
+
+
 def test_a_map_file_that_is_none(
     monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

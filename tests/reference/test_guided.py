@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from families import autograd_gradient, batch_loss, build, drop_half, dropping_loss, padded_batch, trainable
+from spryfl.config import AdapterConfig
 from spryfl.errors import ModelError
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.backprop import Backprop
@@ -16,6 +17,7 @@ from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.guesses import MapGuess, identity, positions, tensors_of
 from spryfl.gradients.guided import GuidedGradient
 from spryfl.memory.meter import ActivationMeter
+from spryfl.models.adapters import dropout_modules
 from spryfl.models.layers import layer_calls
 
 DRAW = DirectionStream(0, 1, 0).at_step(0)
@@ -129,6 +131,28 @@ def test_dropout_draws_the_same_masks_again() -> None:
         exact = autograd_gradient(model, loss, names)
         found = GuidedGradient(layer_calls, horizon=3).estimate(model, loss, names, DRAW, 3).gradients
     assert all(torch.allclose(found[name].double(), exact[name], rtol=1e-5, atol=1e-7) for name in names)
+
+
+@pytest.mark.parametrize("chunk", [10**9, 1], ids=["whole", "row by row"])
+@pytest.mark.parametrize("family", ["bert", "albert", "llama"])
+def test_slopes_are_taken_under_the_masks_of_the_guess(family: str, chunk: int) -> None:
+    """The pass that starts at the second layer draws there what the first pass drew."""
+    model, loss = (
+        build(family, layers=3, adapter=AdapterConfig(rank=2, alpha=8, dropout=0.5)),
+        dropping_loss(padded_batch()),
+    )
+    for dropout in dropout_modules(model):
+        dropout.train()
+    names = in_layer(model, 1)
+    with torch.random.fork_rng(), chunks_of(chunk):
+        exact = autograd_gradient(model, loss, names)
+        guess, found = (
+            GuidedGradient(layer_calls, slopes_per=slopes).estimate(model, loss, names, DRAW, 3).gradients
+            for slopes in ("none", "tensor")
+        )
+    for name in names:
+        v = guess[name].double()
+        assert torch.allclose(found[name].double(), (exact[name] * v).sum() / v.square().sum() * v, rtol=1e-4), name
 
 
 def test_a_mask_keeps_guesses_off_padding_and_the_pass_starts_at_the_assigned_layer() -> None:
@@ -265,6 +289,10 @@ def test_a_linear_model_is_mapped_exactly() -> None:
     batches = [lambda m, x=x, y=y: (m(x) * y).sum() for x, y in zip(inputs, targets, strict=True)]
     maps = fit_backward_maps(model, batches, list(model.layers), MapSettings(across=False, ridge=1e-12))
     assert torch.allclose(maps[0].basis @ maps[0].own, weight.T.float(), atol=1e-4)
+    # With the loss on one token its own map and that of its position see the same: the penalty alone parts them.
+    batches = [lambda m, x=x, y=y: (m(x) * y)[:, -1].sum() for x, y in zip(inputs, targets, strict=True)]
+    with pytest.raises(ModelError, match=r"guide\.ridge = 1e-17 is too small"):
+        fit_backward_maps(model, batches, list(model.layers), MapSettings(ridge=1e-17))
 
 
 def test_positions_count_from_the_token_with_the_gradient() -> None:

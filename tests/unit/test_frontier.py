@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 
+from spryfl.bench import gradient_quality
 from spryfl.bench.frontier import _share, read_tuning, run_frontier, settings_digest, tune, variant_config
-from spryfl.bench.frontier_report import as_markdown, equal_accuracy, headline, plot_frontier
+from spryfl.bench.frontier_report import (
+    as_markdown,
+    equal_accuracy,
+    headline,
+    not_run,
+    on_shared_rounds,
+    plot_frontier,
+)
 from spryfl.bench.frontier_targets import targets_table
 from spryfl.bench.frontier_works import TASKS, VARIANTS, settings_of
 from spryfl.config import RunConfig, parse_config, with_overrides
@@ -101,9 +109,9 @@ def test_targets_name_what_fits_and_ran_on_all_seeds() -> None:
     rows += [row("snli", "guess", 0.55, dial="h=3", seed=seed, share_recovered=0.4 + 0.1 * seed) for seed in seeds]
     rows += [row("snli", "guess", 0.7, dial="h=9", seed=seed, activation_peak_bytes=10**7) for seed in seeds]
     rows += [row("snli", "guess", 0.7, dial="h=1")]
-    slow = {"share_recovered": 0.9, "curve": [[0, 0.3, 0.0], [9, 0.8, 30.0]]}
+    slow = {"share_recovered": 0.9, "curve": [[0, 0.3, 0.0], [3, 0.8, 30.0]]}
     rows += [row("snli", "slow", 0.8, seed=seed, **slow) for seed in seeds]
-    still = {"share_recovered": 0.0, "curve": [[0, 0.3, 0.0], [9, 0.3, 30.0]]}
+    still = {"share_recovered": 0.0, "curve": [[0, 0.3, 0.0], [3, 0.3, 30.0]]}
     rows += [row("snli", "forward", 0.3, seed=seed, **still) for seed in seeds]
     peaks = dict.fromkeys(TASKS, 800_000)
     shown = [
@@ -118,6 +126,35 @@ def test_targets_name_what_fits_and_ran_on_all_seeds() -> None:
     rows[-1]["curve"] = [[0, 0.3, 0.0], [9, 0.31, 100.0]]
     ends = [" **missed**: 0.30 |", " 0.10 |", " **missed**: never as good |"]
     assert targets_table(rows, peaks).splitlines()[2:] == [a + b for a, b in zip(shown, ends, strict=True)]
+
+
+def test_seconds_against_backprop_are_of_rounds_where_both_were_evaluated() -> None:
+    guess = [[0, 0.3, 0.0], [5, 0.6, 50.0], [10, 0.7, 100.0], [15, 0.8, 150.0]]
+    backprop = [[0, 0.3, 0.0], [10, 0.9, 200.0]]
+    rows = [
+        row("snli", name, 0.8, seed, curve=curve, share_recovered=0.9)
+        for name, curve in (("guess maps", guess), ("backprop", backprop))
+        for seed in (0, 1, 2)
+    ]
+    assert on_shared_rounds({0: guess}, {0: backprop, 1: backprop}) == {0: [guess[0], guess[2]]}
+    assert targets_table(rows, {"snli": 10**6}).splitlines()[2].split("|")[5].strip() == "0.50"  # 100 s of 200
+
+
+def test_what_has_no_run_is_named() -> None:
+    found = not_run("prompted_sst2", [row("prompted_sst2", name, 0.8) for name in VARIANTS if name != "backprop"])
+    assert found == ["Not run on prompted_sst2: backprop."]
+    assert not_run("prompted_sst2", [row("prompted_sst2", name, 0.8) for name in VARIANTS]) == []
+
+
+def test_settings_of_guides_are_no_matter_to_what_is_not_guided() -> None:
+    """A default of theirs that changes makes no other run of it."""
+
+    def digest(method: str, slopes: str) -> str:
+        config = parse_config({"method": {"name": method}})
+        return settings_digest(config.model_copy(update={"guide": config.guide.model_copy(update={"slopes": slopes})}))
+
+    assert digest("fedyogi", "unit") == digest("fedyogi", "step")
+    assert digest("spry_guided", "unit") != digest("spry_guided", "step")
 
 
 def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(
@@ -173,6 +210,24 @@ def test_rows_of_an_earlier_bench_are_not_run_again(
         ("backprop", 0, 1.0),
         ("backprop", 1, None),
     ]
+
+
+def test_gradient_quality_performs_the_run_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the frontier has that run's row already."""
+    (tmp_path / "snli").mkdir()
+    (tmp_path / "snli/train.parquet").touch()
+    performed = []
+
+    def run_in(config: RunConfig, folder: Path) -> None:
+        performed.append((config.method.name, folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gradient_quality, "run_in", run_in)
+    with pytest.raises(KeyboardInterrupt):
+        gradient_quality.measure_quality("snli", tmp_path, tmp_path / "out", lambda text: None)
+    assert performed == [("fedyogi_split", tmp_path / "out/runs/snli/backprop-split-0")]
+    with pytest.raises(SpryError, match="no folder ag_news"):
+        gradient_quality.measure_quality("ag_news", tmp_path, tmp_path / "out", lambda text: None)
 
 
 def test_unknown_names_and_missing_data(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def run_frontier(
     Raises:
         SpryError: an unknown name, or data that is not there.
     """
-    _check(tasks, variants, data)
+    check(tasks, variants, data)
     tuned, kept = read_tuning(out), {_key(row): row for row in read_rows(out)}
     for seed in seeds:
         for task in tasks:
@@ -66,7 +66,7 @@ def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, s
     Every variant that does not borrow another's rate gets as many trials; so does every task, or the one that is
     searched for it. Losses, because accuracies of short runs are near chance.
     """
-    _check(tasks, variants, data)
+    check(tasks, variants, data)
     tuned = read_tuning(out)
     for task in dict.fromkeys(TASKS[task].tuned_on or task for task in tasks):
         for name in variants:
@@ -105,8 +105,13 @@ def _is_of(row: Row, config: RunConfig) -> bool:
 
 
 def settings_digest(config: RunConfig) -> str:
-    """Of all that a run's end follows from and is no default: the same wherever its data lie."""
+    """Of all that a run's end follows from and is no default: the same wherever its data lie.
+
+    What nothing is guided by is left out, as defaults that change would make another run of it.
+    """
     left_out: dict[str, bool | set[str]] = {"label": True, "runtime": True, "compare": True, "evaluation": {"every"}}
+    if config.method.own_estimator not in ("guided", "auto"):
+        left_out["guide"] = True
     table = config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
     for part, key in (("data", "name"), ("guide", "text")):
         if key in table.get(part, {}):
@@ -198,7 +203,8 @@ def _share(row: Row, rows: Sequence[Row]) -> float | None:
     return float((row["accuracy"] - start) / (best - start))
 
 
-def _check(tasks: Sequence[str], variants: Sequence[str], data: Path) -> None:
+def check(tasks: Sequence[str], variants: Sequence[str], data: Path) -> None:
+    """Refuse an unknown name and data that is not there."""
     require_known("task", tasks, TASKS)
     require_known("estimator", variants, VARIANTS)
     missing = [task for task in tasks if not (data / TASKS[task].data / "train.parquet").is_file()]

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from spryfl.bench.frontier_works import TASKS, VARIANTS
+
 Row = dict[str, Any]
 
 
@@ -48,8 +50,14 @@ def as_markdown(rows: Sequence[Row], stock_peaks: Mapping[str, int] = {}) -> str
                 f"| {mean(r['bytes_up'] for r in found) / 1e6:.1f} | {mean(r['bytes_down'] for r in found) / 1e6:.1f} |"
             )
         parts.append("\n".join(lines))
-        parts += equal_accuracy(own)
+        parts += equal_accuracy(own) + not_run(task, own)
     return "\n\n".join(parts) + "\n"
+
+
+def not_run(task: str, rows: Sequence[Row]) -> list[str]:
+    """One task: a line with the estimators and settings of their dials that have no run, if there are any."""
+    missing = [name for name, own in VARIANTS.items() if own.suits(TASKS[task]) and name not in by_name(rows)]
+    return [f"Not run on {task}: {'; '.join(missing)}."] if missing else []
 
 
 CONTENDERS = ("guess maps h=3, by layer", "guess maps h=3, all units", "guess maps h=8, all units, rank 8", "backprop")
@@ -105,6 +113,12 @@ def seconds_ratio(curves: Mapping[int, Curve], best: Mapping[int, float], spent:
     return sum(_seconds_to(curves[seed], best[seed]) for seed in shared) / sum(spent[seed] for seed in shared)
 
 
+def on_shared_rounds(curves: Mapping[int, Curve], others: Mapping[int, Curve]) -> dict[int, Curve]:
+    """Of each seed's evaluations those after rounds that another estimator was evaluated at too; shared seeds alone."""
+    rounds = {seed: {round for round, _, _ in curve} for seed, curve in others.items()}
+    return {seed: [at for at in curve if at[0] in rounds[seed]] for seed, curve in curves.items() if seed in rounds}
+
+
 def _seconds_to(curve: Curve, accuracy: float) -> float:
     """Seconds of a curve until it is as good; infinity if it never is."""
     return next((float(seconds) for _, reached, seconds in curve if reached >= accuracy), inf)
@@ -147,9 +161,14 @@ def headline(rows: Sequence[Row]) -> str:
             cells.append(f"{mean(r['accuracy'] for r in found):.3f}{seeds}, {cpu:,.0f}, {peak:.1f}" if found else "")
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    zero_shot = [f"{task} {own[0]['accuracy_before']:.3f}" for task, own in tasks.items() if "prompted" in task]
+    zero_shot = [f"{task} {_zero_shot(own)}" for task, own in tasks.items() if not TASKS[task].has_head]
     note = f"\nZero-shot: {', '.join(zero_shot)}.\n" if zero_shot else ""
     return "\n".join(lines) + "\n" + note
+
+
+def _zero_shot(rows: Sequence[Row]) -> str:
+    before = {row["seed"]: row["accuracy_before"] for row in rows}
+    return f"{mean(before.values()):.3f}" + (f" ({len(before)} seeds)" if len(before) > 1 else "")
 
 
 def plot_frontier(rows: Sequence[Row], path: Path, stock_peaks: Mapping[str, int] = {}) -> None:

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from math import inf
 from statistics import mean
 
-from spryfl.bench.frontier_report import ALLOWED, Curve, Row, best_evaluations, by_name, seconds_ratio
+from spryfl.bench.frontier_report import (
+    ALLOWED,
+    Curve,
+    Row,
+    best_evaluations,
+    by_name,
+    on_shared_rounds,
+    seconds_ratio,
+)
 from spryfl.bench.frontier_works import SEEDS
 
 
@@ -53,6 +61,7 @@ def targets_table(rows: Sequence[Row], stock_peaks: Mapping[str, int]) -> str:
             if len(runs) == len(SEEDS)
             and not name.startswith(("backprop", "head", "zeroth order"))
             and max(run["activation_peak_bytes"] for run in runs) <= limit
+            and all(run["share_recovered"] is not None for run in runs)  # backprop gained nothing
         }
         for name in sorted(found, key=lambda name: -_share(found[name])):
             runs = found[name]
@@ -71,11 +80,15 @@ def _share(runs: Sequence[Row]) -> float:
 
 
 def _in_backprops(runs: Sequence[Row], backprop: Sequence[Row]) -> str:
-    """Client CPU seconds to an estimator's best evaluation, in those that backprop takes to be as good."""
-    best, spent = best_evaluations(_curves(runs))
+    """Client CPU seconds to an estimator's best evaluation, in those that backprop takes to be as good.
+
+    Both at rounds where both were evaluated: rarer evaluations would be to either's disadvantage.
+    """
+    ours, theirs = _curves(runs), _curves(backprop)
+    best, spent = best_evaluations(on_shared_rounds(ours, theirs))
     if not all(spent.values()):
         return "never better than at its start"
-    ratio = seconds_ratio(_curves(backprop), best, spent)
+    ratio = seconds_ratio(on_shared_rounds(theirs, ours), best, spent)
     if ratio is None:
         return ""
     return _marked(1 / ratio, MOST_SECONDS) if ratio < inf else "better than backprop ever was"

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spryfl.bench.frontier import run_folder
+from spryfl.bench.frontier import Progress, check, read_tuning, run_folder, variant_config
 from spryfl.bench.frontier_works import TASKS, VARIANTS, settings_of
 from spryfl.config import parse_config, with_overrides
-from spryfl.errors import SpryError
 from spryfl.federated.client import loaded
 from spryfl.federated.state import FederatedState
 from spryfl.gradients.backprop import Backprop
@@ -25,6 +24,7 @@ from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.guesses import maps_for
 from spryfl.gradients.guided import GuidedGradient
 from spryfl.map_keeper import MapKeeper
+from spryfl.run import run_in
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
@@ -42,15 +42,18 @@ TRAINED = "backprop split"
 NUM_BATCHES = 8
 
 
-def measure_quality(task: str, data: Path, out: Path) -> list[Row]:
-    """Rows of one task, before training and after it.
+def measure_quality(task: str, data: Path, out: Path, say: Progress) -> list[Row]:
+    """Rows of one task, before training and after it; the run that trains is performed where it is not there.
 
     Raises:
-        SpryError: the run that gives the trained values is not finished.
+        SpryError: an unknown task, or data that is not there.
     """
-    trained = RunDirectory(run_folder(out, task, TRAINED, 0)).read_checkpoint()
-    if trained is None:
-        raise SpryError(f"gradient quality of {task} needs its run: spry bench frontier --task {task} --seed 0")
+    check(tasks=[task], variants=[TRAINED], data=data)
+    folder = run_folder(out, task, TRAINED, 0)
+    say(f"{task}, {TRAINED}, seed 0")
+    run_in(variant_config(task, VARIANTS[TRAINED], data, read_tuning(out), 0), folder)
+    trained = RunDirectory(folder).read_checkpoint()
+    assert trained is not None  # of a finished run
     rows = []
     for name in COMPARED:
         variant = VARIANTS[name]

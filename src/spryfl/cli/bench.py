@@ -105,9 +105,13 @@ def frontier(
         print(json.dumps(tune_rates(tasks, variants, data, out, say), indent=2))
         return
     if quality:
-        measured = [row for name in tasks for row in measure_quality(name, data, out)]
-        (out / "gradient-quality.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        (out / "gradient-quality.md").write_text(quality_markdown(measured), encoding="utf-8")
+        file = out / "gradient-quality.json"
+        measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        for name in tasks:
+            found = measure_quality(name, data, out, say)
+            measured = [row for row in measured if row["task"] != name] + found
+            file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+            (out / "gradient-quality.md").write_text(quality_markdown(measured), encoding="utf-8")
         print(json.dumps(measured, indent=1) if as_json else quality_markdown(measured))
         return
     rows = run_frontier(tasks, variants, seed or SEEDS, data, out, say)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from spryfl.errors import SpryError
+
 
 def fit_maps(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="builtin:NAME, a hub id, or a local folder.")],
@@ -19,7 +21,7 @@ def fit_maps(
     ],
     word: Annotated[list[str], typer.Option(help="A label word, such as ' positive'; give it for every class.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the maps go.")] = Path("maps.safetensors"),
-    column: Annotated[list[str] | None, typer.Option(help="Of the text, for each field of the prompt.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Of the text; the prompt's fields by default.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Longer texts are truncated.")] = 64,
     texts: Annotated[int, typer.Option(min=2, help="As many at most.")] = 512,
     horizon: Annotated[int, typer.Option(min=0, help="guide.horizon of the runs they serve.")] = 0,
@@ -37,15 +39,14 @@ def fit_maps(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from spryfl.config import parse_config
-    from spryfl.map_fitting import fit_for_prompt
 
-    fields = column or ["text"]
+    template = prompt.replace("\\n", "\n")
     config = parse_config(
         {
             "seed": seed,
             "model": {"name": model, "quantization": quantization},
-            "task": {"kind": "prompted", "template": prompt.replace("\\n", "\n"), "label_words": word},
-            "data": {"text_columns": fields, "max_tokens": tokens},
+            "task": {"kind": "prompted", "template": template, "label_words": word},
+            "data": {"text_columns": column or _fields(template), "max_tokens": tokens},
             "method": {"name": "spry_guided"},
             "guide": {
                 "guess": "maps",
@@ -57,6 +58,12 @@ def fit_maps(
             },
         }
     )
+    if out.is_dir():
+        raise SpryError(f"--out {out} is a folder: name a file in it, such as {out / 'maps.safetensors'}")
+    out.parent.mkdir(parents=True, exist_ok=True)  # now, as a fit takes minutes
+    # After the arguments are known to be good: this imports torch.
+    from spryfl.map_fitting import fit_for_prompt
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -69,3 +76,14 @@ def fit_maps(
         f"{out}: rank {fitted.rank}, {fitted.layer_bytes / 1e3:,.0f} kB a layer. "
         f"Use them with guide.guess = 'maps', guide.maps = '{out}'"
     )
+
+
+def _fields(template: str) -> list[str]:
+    """A prompt's fields, each once; "text" where it has none or is no prompt, of which the configuration tells."""
+    from spryfl.config import TaskConfig
+
+    try:
+        pieces = TaskConfig.model_construct(template=template).pieces
+    except ValueError:
+        return ["text"]
+    return list(dict.fromkeys(field for _, field in pieces if field)) or ["text"]

@@ -28,7 +28,7 @@ class MethodConfig(Part):
         "of what fits each client",
     )
     num_tangents: Positive | None = Field(
-        None, description="K: directions a step, the method's own by default; unused by backprop"
+        None, description="K: directions a step, the method's own by default; unused by backprop and guided tangents"
     )
     distribution: Distribution = Field(
         "gaussian", description="of directions; orthogonal and coordinate ones give the exact gradient at K = d"

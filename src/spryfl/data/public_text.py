@@ -39,7 +39,11 @@ def load_public_text(guide: GuideConfig, data: DataConfig, num_labels: int, seed
 def _lines(path: Path, num_columns: int) -> list[list[str]]:
     if not path.is_file():
         raise DataError(f"guide.text = '{path}': no such file (looked in {Path.cwd()})")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"guide.text = '{path}': byte {error.start} is not UTF-8: save the file as UTF-8") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return [lines[number::num_columns] for number in range(num_columns)]
 
 

@@ -134,7 +134,7 @@ def guess_quality(
 
 def _basis(found: Sequence[GradientsByLayer], settings: MapSettings) -> Tensor:
     """(hidden, rank): the directions that carry most of the upper gradients' energy; float64."""
-    rows = torch.cat([g.upper.flatten(0, 1) for g in found]).double()
+    rows = torch.cat([g.upper.flatten(0, 1).cpu() for g in found]).double()  # not every device has float64
     values, vectors = torch.linalg.eigh(rows.T @ rows)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if values[0] == 0:
@@ -157,7 +157,7 @@ class _Regression:
 
     def add(self, found: GradientsByLayer) -> None:
         """Take in one batch; padding has no gradient and counts for nothing."""
-        code = found.upper.double().cpu() @ self._basis  # (batch, tokens, rank)
+        code = found.upper.cpu().double() @ self._basis  # (batch, tokens, rank)
         real = torch.ones(code.shape[:2], dtype=torch.bool) if found.mask is None else found.mask.cpu()
         columns = [code]
         if self._across:
@@ -166,16 +166,21 @@ class _Regression:
         x = torch.cat(columns, -1)[real]  # (tokens that count, size)
         self._gram += x.T @ x
         for place_of_call, gradient in found.lower.items():
-            product = x.T @ gradient.double().cpu()[real]
+            product = x.T @ gradient.cpu().double()[real]
             self._products[place_of_call] = self._products.get(place_of_call, 0) + product
 
     def solve(self, ridge: float) -> dict[int, BackwardMap]:
         """The maps; columns that never occurred get zero.
 
         Contiguous, as they will be sent and read: products of another layout are rounded otherwise.
+
+        Raises:
+            ModelError: the penalty is too small for columns that never occurred.
         """
         penalty = ridge * self._gram.diagonal().mean().clamp(min=1e-300)
-        factor = torch.linalg.cholesky(self._gram + penalty * torch.eye(self._size, dtype=torch.float64))
+        factor, failed = torch.linalg.cholesky_ex(self._gram + penalty * torch.eye(self._size, dtype=torch.float64))
+        if failed:
+            raise ModelError(f"guide.ridge = {ridge:g} is too small to fit maps with: raise it; 1e-3 is the default")
         rank, basis, maps = self._basis.shape[1], self._basis.float().contiguous(), {}
         for place, product in sorted(self._products.items()):
             weights = torch.cholesky_solve(product, factor).float().contiguous()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.errors import ModelError
+from spryfl.forward_mode.budget import NO_LIMIT, chunks_of
 from spryfl.forward_mode.patching import Forward, patched_forwards
 from spryfl.gradients.calls import HIDDEN, Call, hidden_of, record
 from spryfl.gradients.reverse import GradientSums
@@ -47,19 +48,24 @@ class Trace:
     def resumed(self, start: int) -> Iterator[None]:
         """Let one pass inside begin at a call whose input was kept: those below it are left out.
 
-        What the model computes before its layers is computed again, and comes to nothing.
+        What the model computes before its layers is computed again, and comes to nothing. A layer that draws random
+        numbers draws those of the first pass: whole, as it did then, since chunks would draw others.
         """
         places = count()
 
         def starting(layer: nn.Module, forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:
                 place = next(places)
-                if place > start:
-                    return forward(*args, **kwargs)
+                if place < start:
+                    given, others = (args[0] if args else kwargs[HIDDEN]), self._others[place]
+                    return given if others is None else (given, *others)
                 if place == start:
-                    return forward(self.kept[start], *args[1:], **_without_hidden(args, kwargs))
-                given, others = (args[0] if args else kwargs[HIDDEN]), self._others[place]
-                return given if others is None else (given, *others)
+                    args, kwargs = (self.kept[start], *args[1:]), _without_hidden(args, kwargs)
+                random = self.calls[place].random
+                if random is None:
+                    return forward(*args, **kwargs)
+                with random.again(), chunks_of(NO_LIMIT):
+                    return forward(*args, **kwargs)
 
             return run
 
