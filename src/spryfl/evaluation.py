@@ -35,12 +35,13 @@ def evaluate_clients(
         found["generalized"] = evaluate_generalized(state, clients, runtime, metric, federation.deadline_seconds)
     if _is_due(config, "personalized", last):
         found["personalized"] = evaluate_personalized(state, federation, clients, runtime, metric)
-    return {name: _averaged(own) for name, own in found.items()}
+    return {name: _averaged(own, metric) for name, own in found.items()}
 
 
-def _averaged(own: ClientsEvaluation) -> ClientsEvaluation:
+def _averaged(own: ClientsEvaluation, metric: str) -> ClientsEvaluation:
     """Without what is no mean over clients."""
-    return replace(own, metrics={name: value for name, value in own.metrics.items() if name not in NOT_AVERAGED})
+    kept = {name: value for name, value in own.metrics.items() if name == metric or name not in NOT_AVERAGED}
+    return replace(own, metrics=kept)
 
 
 def _is_due(config: EvaluationConfig, kind: str, last: bool) -> bool:

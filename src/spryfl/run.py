@@ -27,6 +27,7 @@ from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.workers import WorkerRuntime
 from spryfl.speeds import measure_speeds
 from spryfl.tracking.events import Observer, RoundEvent, Summary
+from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
@@ -49,10 +50,21 @@ def run(
         observers: told of every round.
         label: names the run in displays and tables.
         connect: where clients run; on this machine by default.
+
+    Raises:
+        RunDirectoryError: another process is at work on it.
     """
     finished = directory.read_summary()
     if finished is not None:
         return finished
+    with held(directory.path):
+        return _perform(config, directory, observers, label, connect or on_this_machine)
+
+
+def _perform(
+    config: RunConfig, directory: RunDirectory, observers: Sequence[Observer], label: str, connect: Connect
+) -> Summary:
+    """See `run`."""
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     bench = Workbench.from_config(config)
@@ -69,7 +81,7 @@ def run(
         for observer in observers:
             observer.before_client()
 
-    with (connect or on_this_machine)(bench, before_client) as runtime:
+    with connect(bench, before_client) as runtime:
         if not events:
             event = event_before_training(bench, state)
             event = with_clients(event, evaluate_clients(bench, state, federation, runtime, event.metrics))

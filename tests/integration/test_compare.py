@@ -17,10 +17,11 @@ from spryfl.compare.checking import check_cells
 from spryfl.compare.results import ResultRow
 from spryfl.compare.running import compare
 from spryfl.compare.search import read_outcome, spread_point
-from spryfl.config import SuiteConfig
+from spryfl.config import MethodEntry, SuiteConfig
 from spryfl.errors import SpryError
 from spryfl.run import hold_to
 from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import RunDirectory
 
 
@@ -107,6 +108,13 @@ def test_a_killed_suite_repeats_nothing(table: dict[str, Any], tmp_path: Path) -
     )
     with pytest.raises(SpryError, match=r"run of other settings \(local.batch_size: 4, now 2\): choose another folder"):
         compare(changed, changed.cells())
+    # A piece of it that has not run yet would stand beside them.
+    third = {"name": "fedavg", "set": {"method.checkpointing": "per_layer"}}
+    more = Suite(
+        changed.config.model_copy(update={"method": (*changed.config.method, MethodEntry(**third))}), whole.out
+    )
+    with pytest.raises(SpryError, match=r"^reviews/spry/0: [^;]*run of other settings [^;]*$"):
+        compare(more, chosen_cells(more.cells(), ["fedavg"]))
 
 
 class RunFiles:
@@ -194,6 +202,48 @@ def test_a_run_that_fails_does_not_stop_the_others(table: dict[str, Any], tmp_pa
     with pytest.raises(SpryError, match=r"^reviews/tight/0 failed: method.budget = 9 bytes"):
         compare(suite, suite.cells())
     assert [row["variant"] for row in parquet.read_table(suite.out / "results.parquet").to_pylist()] == ["spry"]
+
+
+def test_what_no_one_foresaw_ends_its_own_run_alone(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise IndexError("index out of range in self")
+
+    config = SuiteConfig.model_validate(table | {"seeds": [0]})
+    suite, first = Suite(config, tmp_path / "out"), Watcher()
+    first.started = fail  # type: ignore[method-assign]
+    with pytest.raises(SpryError, match=r"reviews/spry/0 failed: index out .*; reviews/fedyogi/0 failed: index out"):
+        compare(suite, suite.cells(), [first])
+    assert len(compare(suite, suite.cells())) == 2
+
+
+def test_two_processes_do_not_write_over_each_other(table: dict[str, Any], tmp_path: Path) -> None:
+    """What one is at work on is left to it; the rest is done."""
+    suite = Suite(SuiteConfig.model_validate(table | {"seeds": [0]}), tmp_path / "out")
+    folder = suite.folder(suite.cells()[0])
+    folder.mkdir(parents=True)
+    with held(folder), pytest.raises(SpryError, match=r"^reviews/spry/0 failed: .*: another process is at work there"):
+        compare(suite, suite.cells())
+    assert [row["variant"] for row in parquet.read_table(suite.out / "results.parquet").to_pylist()] == ["fedyogi"]
+    assert len(compare(suite, suite.cells())) == 2
+
+
+def test_a_search_that_was_killed_while_writing_goes_on(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a lock that nobody holds and half a line in its journal, below a relative folder."""
+    monkeypatch.chdir(tmp_path)
+    search = {"trials": 2, "rounds": 1, "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
+    suite = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search}), Path("out"))
+    chosen = chosen_cells(suite.cells(), ["spry"])
+    with pytest.raises(KeyboardInterrupt):
+        compare(suite, chosen, [Watcher(stop_before=3)])
+    journal = suite.search_folder(chosen[0]) / "journal.log"
+    with journal.open("a") as handle:
+        handle.write('{"op_code": 4, "worker')
+    Path(f"{journal}.lock").symlink_to(journal)
+    assert compare(suite, chosen)[0].search_trials == 2
 
 
 def test_data_are_read_as_their_task_reads_them(table: dict[str, Any], tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ def test_the_figures_of_a_run(tiny_config: Make, tmp_path: Path, capsys: pytest.
         own = [bench.task.evaluate(bench.adapted.model, bench.train, rows, 64) for rows in bench.held_out if len(rows)]
     sizes, scores = [e.num_examples for e in own], [e.metrics["accuracy"] for e in own]
     assert row["generalized"] == pytest.approx(np.average(scores, weights=sizes))
+    assert "f1" in row["metrics"]
     spread = row["held_out"]["generalized"]
+    assert list(spread["metrics"]) == ["accuracy"]  # clients' F1s have no mean
     assert spread["std"] == pytest.approx(np.std(scores))
     assert (spread["lowest"], spread["highest"]) == (min(scores), max(scores))
     assert (spread["num_clients"], spread["num_examples"]) == (len(own), sum(sizes))

@@ -108,6 +108,27 @@ def test_a_part_of_the_test_split_holds_whole_questions(tmp_path: Path) -> None:
         load_rows(three.model_copy(update={"max_test_examples": 3}), 0)
 
 
+def test_parts_cut_off_train_hold_whole_questions(tmp_path: Path) -> None:
+    """What is asked in training is not asked in the test, nor in validation."""
+    rows = [{"paragraph": f"p{i // 8}", "question": f"q{i // 4}", "answer": f"a{i}", "label": i % 2} for i in range(80)]
+    columns = ("paragraph", "question", "answer")
+    config = DataConfig(name=str(write(tmp_path, "data.parquet", rows)), text_columns=columns)
+    for validation in (None, 0.2):
+        found = load_rows(config.model_copy(update={"validation_fraction": validation}), 3)
+        assert len(found.test) > 0
+        assert len(found.test) % 4 == 0
+        assert not set(found.train["question"][:]) & set(found.test["question"][:])
+
+
+def test_a_hub_dataset_that_is_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found a.py")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(DataError, match=r"scripts are no longer supported.*: use a copy of it in Parquet"):
+        load_rows(DataConfig(name="someone/something"), 0)
+
+
 def test_labels_may_be_text(tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "label": ("yes", "no", "maybe")[i % 3]} for i in range(20)]
     loaded = load_rows(DataConfig(name=str(write(tmp_path, "data.csv", rows))), 0)
@@ -128,6 +149,8 @@ def test_labels_may_be_text(tmp_path: Path) -> None:
             {},
             "train's labels begin at 1; number",
         ),
+        ([{"text": "a", "label": ["x"]}] * 20, {}, "train row 0 holds a list, which is no class: choose a column of"),
+        ([{"text": "a", "label": {"text": ["x"]}}] * 20, {}, "set task.kind = 'qa' if these are answers"),
         ([{"text": "a", "label": 0.5}] * 20, {}, "train row 0 has the label 0.5, which is no class"),
         ([{"text": None, "label": 0}, *ROWS], {}, "train row 0, column 'text' holds None, not text"),
         ([*ROWS, {"text": None, "label": 0}], {}, "train row 20, column 'text' holds None, not text"),

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DistilBertConfig, DistilBertModel
+from transformers import (
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from families import FAMILIES, build
 from spryfl.config import AdapterConfig, ModelConfig
@@ -76,6 +82,21 @@ def test_auto_dtype_never_gives_finite_differences_bfloat16() -> None:
     assert resolve_dtype("auto", cpu, low_precision=False) == torch.float32
     assert resolve_dtype("bfloat16", cpu, low_precision=False) == torch.bfloat16  # who asks for it gets it
     assert resolve_dtype("auto", cpu) == (torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32)
+
+
+def test_roberta_reads_fewer_tokens_than_it_has_positions(tiny_model: Path, tmp_path: Path) -> None:
+    """They begin after the padding's, and a tokenizer may state no limit."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, model_max_length=10**30)
+    tokenizer.save_pretrained(tmp_path)
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=20, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(name=str(tmp_path)), AdapterConfig(), 2, seed=0)
+    limit = loaded.tokenizer.model_max_length
+    assert limit == 18
+    loaded.model(torch.full((1, limit), 2))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        loaded.model(torch.full((1, limit + 1), 2))
 
 
 @pytest.mark.parametrize("name", ["cuda:77", "nonsense"])

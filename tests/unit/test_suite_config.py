@@ -116,6 +116,13 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
             {"search": {}, "method": [{"name": "spry", "space": {"server.tau": {"low": 1, "high": 2}}}]},
             "space has server.tau, which search.space has not",
         ),
+        (
+            {
+                "search": {"space": {"server.tau": {"low": 1, "high": 2}}},
+                "method": [{"name": "spry", "set": {"server.tau": 1.5}}],
+            },
+            "method 'spry': set has server.tau, which the search draws anew: leave it out, or give the method space",
+        ),
     ],
 )
 def test_mistakes_in_the_suite_itself(tmp_path: Path, more: dict[str, Any], message: str) -> None:

@@ -261,6 +261,7 @@ def test_search_table_tells_trials_and_settings() -> None:
 
 def test_html_escapes_what_it_is_given() -> None:
     assert "<td>a &lt; b</td>" in Table(["x"], [["a < b"]]).as_html()
+    assert "| a \\| b |" in Table(["x"], [["a | b"]]).as_markdown()
 
 
 def test_curves_are_drawn_over_rounds_time_and_bytes(tmp_path: Path) -> None:

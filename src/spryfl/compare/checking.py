@@ -21,6 +21,8 @@ from spryfl.workbench import share_out
 def check_cells(suite: Suite, cells: Sequence[Cell]) -> None:
     """Refuse a suite of which some run could not begin, or could not go on; all problems at once.
 
+    Runs of other cells stand in the same report: those that are there must be of this suite's settings too.
+
     Raises:
         SpryError: with every problem once, and the cells that have it.
     """
@@ -33,6 +35,11 @@ def check_cells(suite: Suite, cells: Sequence[Cell]) -> None:
     for cell in cells:
         for problem in dict.fromkeys(_problems(suite, cell, known)):
             problems[problem].append(cell.name)
+    for cell in suite.cells():
+        there = None if cell in cells else _problem(partial(_require_going_on, suite, cell))
+        if there is not None:
+            problems[there].append(cell.name)
+            break  # one says enough: they differ all alike
     if problems:
         raise collected(problems, len(cells))
 

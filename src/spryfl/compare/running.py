@@ -9,6 +9,7 @@ from spryfl.compare.results import ResultRow
 from spryfl.compare.search import search
 from spryfl.errors import SpryError
 from spryfl.run import run_in
+from spryfl.runtime.in_process import FAILURES
 from spryfl.tracking.events import Observer
 
 
@@ -37,7 +38,7 @@ def compare(
         for cell in in_order(suite, [cell for cell in cells if not suite.is_finished(cell)]):
             try:
                 _perform(suite, cell, observers)
-            except SpryError as error:
+            except FAILURES as error:
                 failures.append(f"{cell.name} failed: {error}")
                 tell(failures[-1])
             write_results(suite)

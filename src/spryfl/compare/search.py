@@ -22,7 +22,9 @@ from spryfl.config import RunConfig, SearchRange
 from spryfl.data.task import LOWER_IS_BETTER
 from spryfl.errors import RunDirectoryError, SpryError
 from spryfl.run import run_in
+from spryfl.runtime.in_process import FAILURES
 from spryfl.tracking.events import Observer
+from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import write_atomically
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def search(suite: Suite, cell: Cell, observers: Sequence[Observer]) -> Outcome:
     """Search a method's settings on a dataset, or go on with it; a finished search is only read.
 
     Raises:
-        SpryError: every trial failed.
+        SpryError: every trial failed, or another process is at work on it.
     """
     found = read_outcome(suite, cell)
     if found is not None:
@@ -70,12 +72,13 @@ def search(suite: Suite, cell: Cell, observers: Sequence[Observer]) -> Outcome:
     settings, folder = suite.config.search, suite.search_folder(cell)
     assert settings is not None
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "search.json", _as_json(_identity(suite, cell)))
-    study = _study(folder)
-    while (number := len(_performed(study))) < settings.trials:
-        _perform(suite, cell, study, number, observers)
-    outcome = _outcome(study, cell)
-    write_atomically(folder / "chosen.json", _as_json(asdict(outcome)))
+    with held(folder):
+        write_atomically(folder / "search.json", _as_json(_identity(suite, cell)))
+        study = _study(folder)
+        while (number := len(_performed(study))) < settings.trials:
+            _perform(suite, cell, study, number, observers)
+        outcome = _outcome(study, cell)
+        write_atomically(folder / "chosen.json", _as_json(asdict(outcome)))
     for trial in folder.glob("trial-*"):
         shutil.rmtree(trial)
     return outcome
@@ -137,13 +140,21 @@ def _identity(suite: Suite, cell: Cell) -> dict[str, Any]:
 
 
 def _study(folder: Path) -> "Study":
-    """The search's journal, a line a change; nothing in it is pickled."""
+    """The search's journal, a line a change; nothing in it is pickled.
+
+    What a killed process left is mended: a lock that it cannot give back, a line that it did not finish.
+    """
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+    journal = folder.resolve() / "journal.log"
+    for lock in folder.glob(f"{journal.name}.lock*"):
+        lock.unlink()
+    if journal.is_file() and not (written := journal.read_bytes()).endswith(b"\n"):
+        write_atomically(journal, written[: written.rfind(b"\n") + 1])
+    storage = JournalStorage(JournalFileBackend(str(journal)))
     return optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
 
 
@@ -175,7 +186,7 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
     config = search_config(suite, cell, trial.params)
     try:
         summary = run_in(config, suite.search_folder(cell) / f"trial-{number}", observers, label)
-    except SpryError as error:
+    except FAILURES as error:
         trial.set_user_attr("failure", str(error))
         study.tell(trial, state=TrialState.PRUNED)
         return

@@ -23,7 +23,8 @@ class Table:
 
     def as_markdown(self) -> str:
         rule = ["---", *("---:" for _ in self.headings[1:])]
-        return "\n".join(f"| {' | '.join(line)} |" for line in (self.headings, rule, *self.lines)) + "\n"
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in (self.headings, rule, *self.lines)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in escaped) + "\n"
 
     def as_html(self) -> str:
         head = "".join(f"<th>{escape(heading)}</th>" for heading in self.headings)

@@ -174,6 +174,19 @@ class SuiteConfig(Part):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _what_is_searched_is_not_set(self) -> "SuiteConfig":
+        sought = set() if self.search is None else set(self.search.space)
+        for kind, entries in (("dataset", self.dataset), ("method", self.method)):
+            for entry in entries:
+                both = sorted(sought & set(entry.set))
+                if both:
+                    raise ValueError(
+                        f"{kind} '{entry.name}': set has {', '.join(both)}, which the search draws anew: leave it out, "
+                        f'or give the method space = {{ "{both[0]}" = {{ choices = [VALUE] }} }}'
+                    )
+        return self
+
     def space_of(self, method: MethodEntry) -> dict[str, SearchRange]:
         """The ranges that a method's search draws from."""
         return {} if self.search is None else self.search.space | method.space

@@ -12,7 +12,7 @@ from spryfl.errors import DataError, nearest
 def check_columns(rows: Dataset, split: str, config: DataConfig, task: TaskConfig) -> None:
     """Raise DataError if a split is empty, lacks a column of the task's, or holds what cannot be read."""
     if len(rows) == 0:
-        raise DataError(f"data.name = '{config.name}': split {split} has no rows")
+        raise DataError(f"data.name = '{config.name}': split {split} has no rows: fill it, or leave it out")
     labels = [] if task.kind == "language_model" else [config.label_column]
     for column in (*config.text_columns, *labels):
         if column not in rows.column_names:
@@ -25,7 +25,10 @@ def check_columns(rows: Dataset, split: str, config: DataConfig, task: TaskConfi
         # Read by column, so that a number or a null among the texts is named by its row.
         for index, value in enumerate(rows[column]):
             if not isinstance(value, str):
-                raise DataError(f"data.text_columns: {split} row {index}, column '{column}' holds {value!r}, not text")
+                raise DataError(
+                    f"data.text_columns: {split} row {index}, column '{column}' holds {value!r}, not text: "
+                    "mend or drop the row"
+                )
     if task.kind in CHECKS:
         CHECKS[task.kind](rows, split, config, task)
 

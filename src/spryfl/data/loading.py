@@ -78,10 +78,10 @@ def load_rows(config: DataConfig, seed: int, task: TaskConfig = CLASSIFICATION) 
             check_columns(rows, split, config, task)
         if task.kind in WITH_CLASSES:
             used, names = _with_class_numbers(used, config)
-        train, test = _train_and_test(used, config, seed)
-        train = _at_most(train, config.max_train_examples, seed)
         # An official score of whole questions needs all answers to each: rows of three texts come by the first two.
         whole = config.text_columns[:2] if task.kind == "classification" and len(config.text_columns) == 3 else ()
+        train, test = _train_and_test(used, config, seed, whole)
+        train = _at_most(train, config.max_train_examples, seed)
         test = _at_most(test, config.max_test_examples, seed, whole)
     return Rows(train, test, names)
 
@@ -168,6 +168,10 @@ def _read_files(files: Mapping[str, Path], config: DataConfig) -> dict[str, Data
 def _from_hub(config: DataConfig) -> Mapping[str, Dataset]:
     try:
         loaded = datasets.load_dataset(config.name, config.subset)
+    except RuntimeError as error:  # datasets' for what it runs no more
+        raise DataError(
+            f"data.name = '{config.name}': {' '.join(str(error).split())[:200]}: use a copy of it in Parquet"
+        ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise DataError(
             f"data.name = '{config.name}': no local file, and not on the hub or the hub cannot be reached: "
@@ -190,25 +194,30 @@ def _used_splits(splits: Mapping[str, Dataset], config: DataConfig) -> dict[str,
     return {name: splits[name] for name in dict.fromkeys(("train", test_split))}
 
 
-def _train_and_test(splits: Mapping[str, Dataset], config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
+def _train_and_test(
+    splits: Mapping[str, Dataset], config: DataConfig, seed: int, together: Sequence[str]
+) -> tuple[Dataset, Dataset]:
     """Rows to train on, and those that are evaluated: of a split of their own, or cut off train."""
     train, *others = splits.values()
     if others:
         test = others[0]
     else:
-        train, test = _cut(train, config.test_fraction, seed if config.test_seed is None else config.test_seed, config)
-    return (
-        (train, test) if config.validation_fraction is None else _cut(train, config.validation_fraction, seed, config)
-    )
+        test_seed = seed if config.test_seed is None else config.test_seed
+        train, test = _cut(train, config.test_fraction, test_seed, config, together)
+    if config.validation_fraction is not None:
+        return _cut(train, config.validation_fraction, seed, config, together)
+    return train, test
 
 
-def _cut(rows: Dataset, fraction: float, seed: int, config: DataConfig) -> tuple[Dataset, Dataset]:
-    """The rest, and a part of some rows drawn from the seed; both in order."""
+def _cut(
+    rows: Dataset, fraction: float, seed: int, config: DataConfig, together: Sequence[str]
+) -> tuple[Dataset, Dataset]:
+    """The rest, and a part of some rows drawn from the seed; both in order, rows alike in `together` on one side."""
     count = int(len(rows) * fraction)
-    if not 0 < count < len(rows):
+    chosen = _drawn(rows, count, seed, together) if 0 < count < len(rows) else np.empty(0, dtype=np.int64)
+    if len(chosen) == 0:
         raise DataError(f"data.name = '{config.name}': {len(rows)} rows are too few to cut {fraction:.0%} of them off")
-    order = _permutation(len(rows), seed)
-    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+    return rows.select(np.setdiff1d(np.arange(len(rows)), chosen)), rows.select(chosen)
 
 
 def _with_class_numbers(
@@ -244,6 +253,13 @@ def _class_names(labels: Sequence[Any], feature: Any, column: str) -> tuple[str,
     """One a class, in the order of their numbers: those that the file gives, or what train's labels are."""
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
+    unfit = next((row for row, label in enumerate(labels) if isinstance(label, list | dict)), None)
+    if unfit is not None:
+        kind = type(labels[unfit]).__name__
+        raise DataError(
+            f"data.label_column '{column}': train row {unfit} holds a {kind}, which is no class: "
+            "choose a column of classes, or set task.kind = 'qa' if these are answers"
+        )
     given = {label for label in labels if label is not None}
     if all(isinstance(label, str) for label in given):
         return tuple(sorted(given))
@@ -269,18 +285,23 @@ def _at_most(rows: Dataset, limit: int | None, seed: int, together: Sequence[str
     """Some rows drawn from the seed, in order; those alike in the columns `together` all or none."""
     if limit is None or limit >= len(rows):
         return rows
-    if not together:
-        return rows.select(np.sort(_permutation(len(rows), seed)[:limit]))
-    groups = numbered(zip(*(rows[column] for column in together), strict=True))
-    order = np.argsort(_permutation(groups.max() + 1, seed)[groups], kind="stable")
-    chosen = order[:limit]
-    chosen = chosen[groups[chosen] != groups[order[limit]]]  # the group that the limit cuts
+    chosen = _drawn(rows, limit, seed, together)
     if len(chosen) == 0:
         raise DataError(
             f"data.max_test_examples = {limit}: fewer rows than one value of {', '.join(together)} has, which are "
             "scored together: raise it"
         )
-    return rows.select(np.sort(chosen))
+    return rows.select(chosen)
+
+
+def _drawn(rows: Dataset, count: int, seed: int, together: Sequence[str]) -> np.ndarray:
+    """Numbers of at most `count` rows, fewer than there are, in order; those alike in `together` all or none."""
+    if not together:
+        return np.sort(_permutation(len(rows), seed)[:count])
+    groups = numbered(zip(*(rows[column] for column in together), strict=True))
+    order = np.argsort(_permutation(groups.max() + 1, seed)[groups], kind="stable")
+    chosen = order[:count]
+    return np.sort(chosen[groups[chosen] != groups[order[count]]])  # without the group that the count cuts
 
 
 def _permutation(count: int, seed: int) -> np.ndarray:

@@ -13,8 +13,19 @@ from spryfl.data.metrics import binary_f1, question_scores
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 """Metrics of which less is better."""
-NOT_AVERAGED = frozenset({"f1_answerable", "f1_unanswerable", "best_f1", "best_exact_match", "best_null_threshold"})
-"""Metrics of which a mean over clients says nothing: of some rows only, or at a threshold of each client's own."""
+NOT_AVERAGED = frozenset(
+    {
+        "f1",
+        "f1_by_question",
+        "f1_answerable",
+        "f1_unanswerable",
+        "best_f1",
+        "best_exact_match",
+        "best_null_threshold",
+    }
+)
+"""Metrics of which a mean over clients says nothing, unless they are the task's main one, a mean over rows: of all rows
+together, of some only, or at a threshold of each client's own."""
 
 
 Sample = dict[str, str]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from spryfl.config import AdapterConfig, ModelConfig, TaskKind
@@ -188,7 +189,15 @@ def _prepare(base: PreTrainedModel, tokenizer: Any) -> None:
     base.config.output_hidden_states = False
     # Tokenizers of decoders often state no limit, and what lies beyond the model's is an index error at best.
     most = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None:  # RoBERTa's positions begin after the padding's
+        most -= max((m.padding_idx + 1 for m in _position_embeddings(base) if m.padding_idx is not None), default=0)
     tokenizer.model_max_length = min(tokenizer.model_max_length, most or tokenizer.model_max_length)
+
+
+def _position_embeddings(base: PreTrainedModel) -> Iterator[nn.Embedding]:
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            yield module
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from spryfl.federated.fitting import PassSettings
 from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.memory.meter import ActivationMeter
 
-FAILURES = (SpryError, RuntimeError, ValueError, ArithmeticError)
+FAILURES = (SpryError, RuntimeError, ValueError, ArithmeticError, IndexError)
 """What a client may raise without ending the run."""
 
 

@@ -29,6 +29,7 @@ from spryfl.errors import RunDirectoryError
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.state import FederatedState
 from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.lock import LOCK_FILE
 
 STATE_PARTS = tuple(part.name for part in fields(FederatedState) if part.name not in ("round", "overdue"))
 
@@ -155,7 +156,13 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove what a run writes before its first event, and the folder unless it holds something else."""
-        for file in (self.config_file, self.events_file, self.choice_file, self.path / "partition.png"):
+        for file in (
+            self.config_file,
+            self.events_file,
+            self.choice_file,
+            self.path / "partition.png",
+            self.path / LOCK_FILE,
+        ):
             file.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
@@ -186,7 +193,7 @@ def create_run_directory(path: Path) -> RunDirectory:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, force to disk, rename: a reader finds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # pieces of a suite may write its report at once
     try:
         with temporary.open("wb") as handle:
             handle.write(content)

@@ -1,16 +1,13 @@
 """The ServerApp: the same rounds as in one process, with clients on Flower's grid."""
 
-import fcntl
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from spryfl.errors import RunDirectoryError, SpryError
+from spryfl.errors import SpryError
 from spryfl.federated.messages import Runtime
 from spryfl.models.fingerprint import base_fingerprint
 from spryfl.run import hold_to, run, with_absolute_paths
@@ -18,6 +15,7 @@ from spryfl.runtime.flower.presence import Presence
 from spryfl.runtime.flower.runtime import FlowerRuntime
 from spryfl.runtime.flower.settings import Order, read_order
 from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
@@ -53,30 +51,12 @@ def serve(grid: Grid, order: Order) -> Summary:
         print(f"{len(present)} of {num_clients} clients are here", flush=True)
         yield runtime
 
-    with _held(order.run_dir) as directory:
+    directory = RunDirectory(order.run_dir)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    # One whose SuperLink was killed may still be about to end.
+    with held(directory.path, "server.lock", LOCK_SECONDS):
         hold_to(directory, config)
         return run(config, directory, [_Log()], config.label or config.method.name, connect)
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[RunDirectory]:
-    """The run directory, for one server at a time: one whose SuperLink was killed may still be about to end."""
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "server.lock").open("w") as lock:
-        end = time.monotonic() + LOCK_SECONDS
-        while not _locked(lock):
-            if time.monotonic() > end:
-                raise RunDirectoryError(f"{path}: another server process is at work on this run: wait for it")
-            time.sleep(1)
-        yield RunDirectory(path)
-
-
-def _locked(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class _Log:
