@@ -69,7 +69,9 @@ def _perform(
         torch.set_num_threads(config.runtime.num_threads)
     bench = Workbench.from_config(config)
     keeper = MapKeeper.of(bench)
+    begun = time.perf_counter()
     state = directory.read_checkpoint() or keeper.start(bench.initial_state())
+    fitting = time.perf_counter() - begun
     federation = _federation(bench, keeper, state, directory)
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
     for observer in observers:
@@ -84,6 +86,7 @@ def _perform(
     with connect(bench, before_client) as runtime:
         if not events:
             event = event_before_training(bench, state)
+            event = replace(event, seconds=event.seconds + fitting)  # the first maps, as later ones are a round's
             event = with_clients(event, evaluate_clients(bench, state, federation, runtime, event.metrics))
             events.append(_announce(event, directory, observers))
             directory.write_checkpoint(state)

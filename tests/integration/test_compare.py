@@ -162,6 +162,13 @@ def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(
     with pytest.raises(SpryError, match="a run whose settings were not searched"):
         check_cells(searched, searched.cells())
 
+    # A search of before there was some key goes on as one with that key's default.
+    told = whole.search_folder(whole.cells()[0]) / "search.json"
+    row = json.loads(told.read_text())
+    del row["data"]["drop_unlabelled"]
+    told.write_text(json.dumps(row))
+    check_cells(whole, whole.cells())
+
     changed = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search | {"trials": 3}}), whole.out)
     with pytest.raises(SpryError, match=r"search of other settings \(trials differ\)"):
         compare(changed, changed.cells())

@@ -129,6 +129,23 @@ def test_a_hub_dataset_that_is_a_script(monkeypatch: pytest.MonkeyPatch) -> None
         load_rows(DataConfig(name="someone/something"), 0)
 
 
+def test_rows_without_a_label_may_be_dropped(tmp_path: Path) -> None:
+    """As SNLI has them; a split of nothing else is one whose labels are withheld."""
+    rows = [{"text": f"row {i}", "label": i % 3 - 1} for i in range(30)]
+    config = DataConfig(name=str(write(tmp_path, "data.parquet", rows)))
+    with pytest.raises(DataError, match=r"10 of 30 train rows have no label, .* or set data\.drop_unlabelled = true"):
+        load_rows(config, 0)
+    dropping = config.model_copy(update={"drop_unlabelled": True})
+    found = load_rows(dropping, 0)
+    assert len(found.train) + len(found.test) == 20
+    assert set(found.train["label"][:]) == {0, 1}
+    assert load_own_rows(dropping, ("0", "1")).train["text"][:2] == ["row 1", "row 2"]
+    write(tmp_path, "train.parquet", rows)
+    write(tmp_path, "test.parquet", [row | {"label": -1} for row in rows])
+    with pytest.raises(DataError, match="labels seem to be withheld"):
+        load_rows(dropping.model_copy(update={"name": str(tmp_path)}), 0)
+
+
 def test_labels_may_be_text(tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "label": ("yes", "no", "maybe")[i % 3]} for i in range(20)]
     loaded = load_rows(DataConfig(name=str(write(tmp_path, "data.csv", rows))), 0)
@@ -141,7 +158,7 @@ def test_labels_may_be_text(tmp_path: Path) -> None:
     [
         (ROWS, {"text_columns": ("txt",)}, "no column 'txt'. Did you mean 'text'"),
         (ROWS, {"label_column": "lable"}, "data.label_column: split train has no column 'lable'"),
-        ([*ROWS, {"text": "a", "label": -1}], {}, "1 of 21 train rows have a label that train has not, first row 20"),
+        ([*ROWS, {"text": "a", "label": -1}], {}, "1 of 21 train rows have no label, first row 20 with -1"),
         ([*ROWS, {"text": "a", "label": None}], {}, "1 of 21 train rows have no label, first row 20 with None"),
         ([{"text": "a", "label": 0}] * 20, {}, "same label"),
         (

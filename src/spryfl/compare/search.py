@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from scipy.stats.qmc import Halton
 
 from spryfl.compare.cells import Cell, Settings, Suite
-from spryfl.config import RunConfig, SearchRange
+from spryfl.config import RunConfig, SearchRange, parse_config
 from spryfl.data.task import LOWER_IS_BETTER
-from spryfl.errors import RunDirectoryError, SpryError
+from spryfl.errors import ConfigError, RunDirectoryError, SpryError
 from spryfl.run import run_in
 from spryfl.runtime.in_process import FAILURES
 from spryfl.tracking.events import Observer
@@ -121,13 +121,23 @@ def require_same_search(suite: Suite, cell: Cell) -> None:
     path = suite.search_folder(cell) / "search.json"
     if not path.is_file():
         return
-    before, now = json.loads(path.read_text(encoding="utf-8")), _identity(suite, cell)
+    before, now = _read_identity(path), _identity(suite, cell)
     differing = [key for key in before | now if before.get(key) != now.get(key)]
     if differing:
         raise RunDirectoryError(
             f"{path.parent} holds a search of other settings ({', '.join(differing)} differ): choose another --out, or "
             "remove that folder to search anew"
         )
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    """As `_identity` has it; keys that there were none of yet have their defaults."""
+    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    own: dict[str, Any] = {key: row.pop(key) for key in ("trials", "by", "space")}
+    try:
+        return own | parse_config(row).model_dump(mode="json", exclude={"label", "runtime"})
+    except ConfigError:  # of keys that there are none of any more
+        return own | row
 
 
 def _identity(suite: Suite, cell: Cell) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class DataConfig(Part):
         None,
         description="cut off train by the run's seed and evaluated on in place of the test rows, which stay unseen",
     )
+    drop_unlabelled: bool = Field(
+        False, description="leave out rows whose label is missing or -1, as SNLI's that annotators disagreed on"
+    )
     max_tokens: Positive = Field(64, description="longer texts are truncated")
     max_train_examples: Positive | None = None
     max_test_examples: Positive | None = None

@@ -35,6 +35,8 @@ READERS: dict[str, Callable[..., Dataset]] = {
     ".json": Dataset.from_json,
 }
 CLASSIFICATION = TaskConfig()
+UNLABELLED = (None, -1)
+"""What stands where a row has no label."""
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
 
 
@@ -107,13 +109,14 @@ def load_own_rows(config: DataConfig, label_names: Sequence[str], task: TaskConf
         number.get(str(label) if own is None or label is None or not 0 <= label < len(own) else own[label], -1)
         for label in train[config.label_column][:]
     ]
-    if -1 in labels:
-        row = labels.index(-1)
+    labelled = _labelled(train[config.label_column][:], config)
+    row = next((row for row in labelled if labels[row] == -1), None)
+    if row is not None:
         raise DataError(
             f"data.label_column '{config.label_column}': row {row} has the label {train[config.label_column][row]!r}, "
             f"which is none of the server's: {', '.join(label_names)}"
         )
-    train = train.remove_columns(config.label_column).add_column(config.label_column, labels)
+    train = train.remove_columns(config.label_column).add_column(config.label_column, labels).select(labelled)
     return Rows(train, train.select([]), tuple(label_names))
 
 
@@ -232,21 +235,30 @@ def _with_class_numbers(
     numbered = {}
     for split, rows in splits.items():
         found = [number.get(label, -1) for label in labels[split]]
-        wrong = [row for row, label in enumerate(found) if label < 0]
+        labelled = _labelled(labels[split], config)
+        wrong = [row for row in labelled if found[row] < 0]
         if wrong:
             first = labels[split][wrong[0]]
-            kind = "no label" if first is None else "a label that train has not"
+            kind = "no label" if first in UNLABELLED else "a label that train has not"
             remedy = "Drop or mend those rows"
+            if first in UNLABELLED:
+                remedy += ", or set data.drop_unlabelled = true"
             if split == "test" and len(wrong) == len(rows):  # as benchmarks that keep their answers have it
                 remedy = "Its labels seem to be withheld: set data.test_split = 'validation'"
             raise DataError(
                 f"data.label_column '{column}': {len(wrong)} of {len(rows)} {split} rows have {kind}, first "
                 f"row {wrong[0]} with {first!r}; labels are {_shown(names)}. {remedy}"
             )
-        numbered[split] = rows.remove_columns(column).add_column(column, found)
+        numbered[split] = rows.remove_columns(column).add_column(column, found).select(labelled)
     if len(set(numbered["train"][column][:])) < 2:
         raise DataError(f"data.label_column '{column}': all train rows have the same label; nothing can be learned")
     return numbered, names
+
+
+def _labelled(labels: Sequence[Any], config: DataConfig) -> Sequence[int]:
+    """Numbers of the rows that are used: all, unless those without a label are dropped and that leaves any."""
+    kept = [row for row, label in enumerate(labels) if label not in UNLABELLED] if config.drop_unlabelled else []
+    return range(len(labels)) if len(kept) in (0, len(labels)) else kept
 
 
 def _class_names(labels: Sequence[Any], feature: Any, column: str) -> tuple[str, ...]:
