@@ -2,18 +2,65 @@
 
     python benchmarks/record_readme.py
 
-Reads docs/results/{memory,frontier}.json; tests/integration/test_readme.py holds the texts to them.
+Reads docs/results/{memory,frontier}.json and matrix/results.parquet; tests/integration/test_readme.py holds the texts
+to them.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from pyarrow import parquet
+
 from spryfl.bench import frontier_report, frontier_targets, memory_report, memory_targets
+from spryfl.compare.results import ResultRow
+from spryfl.compare.tables import Table, overview_tables
 
 ROOT = Path(__file__).parents[1]
+RESULTS = {
+    "memory": ROOT / "docs/results/memory.json",
+    "frontier": ROOT / "docs/results/frontier.json",
+    "matrix": ROOT / "docs/results/matrix/results.parquet",
+}
+ZEROTH_ORDER = ("fedmezo", "baffle", "baffle_plus", "fwdllm", "fwdllm_plus")
+HEADLINE = ("spry", "spry_guided", "fedyogi_guided", "fedmezo", "fedyogi_split", "fedyogi")
+POINTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Spry above the best of finite differences", "spry", ZEROTH_ORDER),
+    ("Spry, guided, above it", "spry_guided", ZEROTH_ORDER),
+    ("Spry above FedYogi", "spry", ("fedyogi",)),
+    ("Spry, guided, above FedYogi, split", "spry_guided", ("fedyogi_split",)),
+    ("Spry, guided, above FedYogi", "spry_guided", ("fedyogi",)),
+    ("FedYogi, guided, above FedYogi", "fedyogi_guided", ("fedyogi",)),
+)
+"""(told, variant, variants whose best it is held against)."""
+
+
+def matrix_table(rows: Sequence[ResultRow]) -> str:
+    """Some methods on all datasets at Dirichlet 1.0."""
+    return overview_tables([row for row in rows if row.alpha == 1 and row.variant in HEADLINE])[0][1].as_markdown()
+
+
+def points_table(rows: Sequence[ResultRow]) -> str:
+    """By how many points of the central test one method ends above others, on each dataset: means over shared seeds."""
+    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    scores = {(row.dataset, row.variant, row.seed): row.central_test for row in rows if row.central_test is not None}
+    lines = []
+    for told, variant, others in POINTS:
+        cells = []
+        for dataset in datasets:
+            points = [
+                100 * (score - max(theirs))
+                for (of, name, seed), score in scores.items()
+                if (of, name) == (dataset, variant)
+                if len(theirs := [scores[key] for other in others if (key := (of, other, seed)) in scores])
+                == len(others)
+            ]
+            cells.append(f"{fmean(points):+.1f}" if points else "")
+        lines.append([told, *cells])
+    return Table(["points that", *datasets], lines).as_markdown()
 
 
 def frontier_table(rows: list[Any]) -> str:
@@ -27,8 +74,19 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("README.md", "frontier", frontier_report.headline),
     ("docs/results/README.md", "memory", memory_targets.targets_table),
     ("docs/results/README.md", "frontier", frontier_table),
+    ("README.md", "matrix", matrix_table),
+    ("docs/results/README.md", "matrix", points_table),
 )
 """(text, results, table of their rows)."""
+
+
+def read_rows(name: str) -> list[Any]:
+    """The results of that name."""
+    path = RESULTS[name]
+    if path.suffix == ".parquet":
+        return [ResultRow(**row) for row in parquet.read_table(path).to_pylist()]
+    rows: list[Any] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -40,8 +98,7 @@ def with_table(text: str, name: str, table: str) -> str:
 def main() -> None:
     for file, name, table in TABLES:
         path = ROOT / file
-        rows = json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8"))
-        path.write_text(with_table(path.read_text(encoding="utf-8"), name, table(rows)), encoding="utf-8")
+        path.write_text(with_table(path.read_text(encoding="utf-8"), name, table(read_rows(name))), encoding="utf-8")
 
 
 if __name__ == "__main__":
