@@ -180,7 +180,7 @@ def test_answers_written_and_the_adapter_gives_the_reported_perplexity(run: Call
 
 def test_three_texts_and_f1(run: Callable[..., Any]) -> None:
     """A long paragraph is cut; question and answer are read whole."""
-    summary, config, out = run("three", **STRONG, data__max_tokens=12)
+    summary, config, out = run("three", **STRONG, data__max_tokens=12, data__test_fraction=0.5)
     base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
     model = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
@@ -318,7 +318,9 @@ def test_rows_that_cannot_be_read(
 
 def test_what_is_no_mean_over_clients_is_not_told_of_them() -> None:
     found = ClientsEvaluation(0.5, {"f1": 0.3, "exact_match": 0.2, "f1_answerable": 0.4, "best_null_threshold": 1.0})
-    assert dict(_averaged(found).metrics) == {"f1": 0.3, "exact_match": 0.2}
+    assert dict(_averaged(found, "f1").metrics) == {"f1": 0.3, "exact_match": 0.2}
+    found = ClientsEvaluation(0.5, {"accuracy": 0.3, "f1": 0.2})
+    assert dict(_averaged(found, "accuracy").metrics) == {"accuracy": 0.3}
 
 
 def test_an_empty_split(tmp_path: Path, make: Callable[..., RunConfig]) -> None:

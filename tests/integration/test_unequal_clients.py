@@ -178,7 +178,7 @@ def test_without_stated_memory_nothing_is_reported(tiny_config: Make) -> None:
     assert report.settings == {}
 
 
-def test_a_budget_nothing_fits_leaves_no_event_behind(tiny_config: Make, tmp_path: Path) -> None:
+def test_a_budget_nothing_fits_leaves_nothing_behind(tiny_config: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="300,000,000 bytes hold no unit of this model"):
         run_suite(tiny_config(clients__memory=["2GB", "300MB"]), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+    assert not (tmp_path / "run").exists()
