@@ -52,11 +52,9 @@ def points_table(rows: Sequence[ResultRow]) -> str:
         cells = []
         for dataset in datasets:
             points = [
-                100 * (score - max(theirs))
+                100 * (score - max(scores[dataset, other, seed] for other in others))
                 for (of, name, seed), score in scores.items()
-                if (of, name) == (dataset, variant)
-                if len(theirs := [scores[key] for other in others if (key := (of, other, seed)) in scores])
-                == len(others)
+                if (of, name) == (dataset, variant) and all((dataset, other, seed) in scores for other in others)
             ]
             cells.append(f"{fmean(points):+.1f}" if points else "")
         lines.append([told, *cells])

@@ -220,13 +220,15 @@ def test_what_no_one_foresaw_ends_its_own_run_alone(
     config = SuiteConfig.model_validate(table | {"seeds": [0]})
     suite, first = Suite(config, tmp_path / "out"), Watcher()
     first.started = fail  # type: ignore[method-assign]
-    with pytest.raises(SpryError, match=r"reviews/spry/0 failed: index out .*; reviews/fedyogi/0 failed: index out"):
+    with pytest.raises(SpryError, match=r"spry/0 failed: IndexError: index .*; reviews/fedyogi/0 failed: IndexError"):
         compare(suite, suite.cells(), [first])
     assert len(compare(suite, suite.cells())) == 2
 
 
-def test_two_processes_do_not_write_over_each_other(table: dict[str, Any], tmp_path: Path) -> None:
-    """What one is at work on is left to it; the rest is done."""
+def test_two_processes_do_not_write_over_each_other(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one is at work on is left to it; the rest is done; the report is one's at a time."""
     suite = Suite(SuiteConfig.model_validate(table | {"seeds": [0]}), tmp_path / "out")
     folder = suite.folder(suite.cells()[0])
     folder.mkdir(parents=True)
@@ -234,6 +236,9 @@ def test_two_processes_do_not_write_over_each_other(table: dict[str, Any], tmp_p
         compare(suite, suite.cells())
     assert [row["variant"] for row in parquet.read_table(suite.out / "results.parquet").to_pylist()] == ["fedyogi"]
     assert len(compare(suite, suite.cells())) == 2
+    monkeypatch.setattr("spryfl.compare.running.REPORT_SECONDS", 0)
+    with held(suite.out), pytest.raises(SpryError, match="another process is at work there"):
+        compare(suite, suite.cells())
 
 
 def test_a_search_that_was_killed_while_writing_goes_on(

@@ -1,7 +1,6 @@
 """Tidy results: one row a finished run, and what it took to reach a target."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -119,7 +118,7 @@ def write_parquet(rows: Sequence[ResultRow], path: Path) -> None:
 
     schema = pyarrow.schema([(field.name, column(field.type)) for field in fields(ResultRow)])
     table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=schema)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_suffix(".tmp.parquet")
     parquet.write_table(table, temporary)
     temporary.replace(path)
 

@@ -11,6 +11,9 @@ from spryfl.errors import SpryError
 from spryfl.run import run_in
 from spryfl.runtime.in_process import FAILURES
 from spryfl.tracking.events import Observer
+from spryfl.tracking.lock import held
+
+REPORT_SECONDS = 60.0  # to wait for another process that writes the report, which takes a few
 
 
 def compare(
@@ -39,14 +42,21 @@ def compare(
             try:
                 _perform(suite, cell, observers)
             except FAILURES as error:
-                failures.append(f"{cell.name} failed: {error}")
+                kind = "" if isinstance(error, SpryError) else f"{type(error).__name__}: "  # nobody foresaw it
+                failures.append(f"{cell.name} failed: {kind}{error}")
                 tell(failures[-1])
-            write_results(suite)
+            _in_turn(write_results, suite)
     finally:
-        rows = write_report(suite)
+        rows = _in_turn(write_report, suite)
     if failures:
         raise SpryError("; ".join(failures))
     return rows
+
+
+def _in_turn(write: Callable[[Suite], list[ResultRow]], suite: Suite) -> list[ResultRow]:
+    """Processes that do pieces of a suite at once write its one report one after another."""
+    with held(suite.out, seconds=REPORT_SECONDS):
+        return write(suite)
 
 
 def _perform(suite: Suite, cell: Cell, observers: Sequence[Observer]) -> None:

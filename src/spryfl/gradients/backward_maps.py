@@ -175,7 +175,7 @@ class _Regression:
         Contiguous, as they will be sent and read: products of another layout are rounded otherwise.
 
         Raises:
-            ModelError: the penalty is too small for columns that never occurred.
+            ModelError: the penalty is too small for columns that cannot be told apart.
         """
         penalty = ridge * self._gram.diagonal().mean().clamp(min=1e-300)
         factor, failed = torch.linalg.cholesky_ex(self._gram + penalty * torch.eye(self._size, dtype=torch.float64))

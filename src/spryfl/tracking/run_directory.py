@@ -193,7 +193,7 @@ def create_run_directory(path: Path) -> RunDirectory:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, force to disk, rename: a reader finds the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # pieces of a suite may write its report at once
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as handle:
             handle.write(content)
