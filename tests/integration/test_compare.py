@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,9 @@ def test_the_command(
     assert "[1/1] reviews, Spry, seed 0: accuracy" in err
     assert "| Spry | 1 |" in out
     assert "runs/mine: report.html" in out
+    today = date.today().isoformat()
+    assert f"1 of 4 runs are finished (of {today}); seeds 0, 1. Written on {today}." in out
+    assert "\nMade by: spry compare mine.toml --set server.num_rounds=1\n" in out
     assert spry(monkeypatch, "mine.toml", "--only", "*/spry/0", "--set", "server.num_rounds=1", "--json") == 0
     out, err = capsys.readouterr()
     assert (err, [row["rounds"] for row in json.loads(out)]) == ("", [1])

@@ -150,6 +150,13 @@ def test_target_modules_that_are_not_there(tiny_model: Path) -> None:
         load_model(ModelConfig(name=str(tiny_model)), AdapterConfig(target_modules=("q_proj",)), num_labels=2, seed=0)
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "attention.self"])
+def test_target_modules_that_no_adapter_is_put_around(tiny_model: Path, name: str) -> None:
+    adapter = AdapterConfig(target_modules=("query", name))
+    with pytest.raises(ModelError, match=rf"\['{name}'\] are no linear maps here. Linear ones: .*'query'"):
+        load_model(ModelConfig(name=str(tiny_model)), adapter, num_labels=2, seed=0)
+
+
 @pytest.mark.slow
 def test_the_builtin_decoder_reads_and_answers() -> None:
     """SmolLM2 from GGUF: loads as a Llama model with 30 layers of query and value units, slopes finite."""

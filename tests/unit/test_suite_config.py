@@ -228,6 +228,21 @@ def test_a_trial_never_sees_the_test_split(tmp_path: Path) -> None:
     assert config.local.learning_rate == 0.5
 
 
+def test_trials_must_have_rows_for_all_clients(tmp_path: Path) -> None:
+    """A part of train is cut off for them, which leaves less to share out than the run itself has."""
+    for split in ("train", "test"):
+        rows = "".join(f"words {row},{row % 2}\n" for row in range(20))
+        (tmp_path / f"{split}.csv").write_text(f"text,label\n{rows}")
+    partition = {"kind": "iid", "num_clients": 9}
+    base = {"data": {"name": str(tmp_path)}, "partition": partition, "server": {"cohort_size": 3}}
+    few: dict[str, Any] = {"base": base, "dataset": [{"name": "few"}], "method": [{"name": "spry"}], "seeds": [0]}
+    suite = read(tmp_path, **few)
+    check_cells(suite, suite.cells())
+    searched = read(tmp_path, **few, search={"validation_fraction": 0.3})
+    with pytest.raises(ConfigError, match="9 clients of at least 2 examples need 18 rows, there are 14"):
+        check_cells(searched, searched.cells())
+
+
 def test_a_datasets_trials_may_take_longer(tmp_path: Path) -> None:
     datasets = [{"name": "a"}, {"name": "b", "search_rounds": 3}, {"name": "c", "tuned_on": "b"}]
     suite = read(tmp_path, search={"rounds": 2}, dataset=datasets, seeds=[0])

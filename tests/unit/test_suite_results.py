@@ -67,6 +67,7 @@ def row(**more: Any) -> ResultRow:
         "client_cpu_seconds_to_target": None,
         "seconds_to_target": None,
         "bytes_to_target": None,
+        "date": "2026-11-28",
         "search_trials": 0,
         "settings": "{}",
     }

@@ -1,6 +1,7 @@
 """`spry compare`: perform a suite of runs, or go on with one, and report."""
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,7 @@ def compare(
     from spryfl.tracking.interruption import Interruption
     from spryfl.tracking.suite_console import SuiteConsole
 
-    work = Suite(config, out or Path("runs") / suite.stem, data)
+    work = Suite(config, out or Path("runs") / suite.stem, data, _command(suite, data, overrides or [], out))
     cells = chosen_cells(work.cells(), only or [])
     left = {cell.label for cell in cells if not work.is_finished(cell)}
     console = SuiteConsole(left, hidden=quiet or as_json)
@@ -50,3 +51,12 @@ def compare(
     elif not quiet:
         print((work.out / "report.md").read_text(encoding="utf-8"))
         print(f"{work.out}: report.html, report.md, results.parquet, curves, runs/")
+
+
+def _command(suite: Path, data: Path | None, overrides: list[str], out: Path | None) -> str:
+    """That performs the whole suite, whatever runs were asked for this time."""
+    words = ["spry", "compare", str(suite)]
+    words += [] if data is None else ["--data", str(data)]
+    words += [word for override in overrides for word in ("--set", override)]
+    words += [] if out is None else ["--out", str(out)]
+    return shlex.join(words)

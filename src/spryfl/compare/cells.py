@@ -41,11 +41,13 @@ class Suite:
     Attributes:
         out: the suite's folder.
         data: folder in which names of data are looked up first.
+        command: that performs it all; the report tells it.
     """
 
     config: SuiteConfig
     out: Path
     data: Path | None = None
+    command: str = "spry compare"
 
     def folder(self, cell: Cell) -> Path:
         """Of a cell's run."""

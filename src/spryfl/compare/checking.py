@@ -58,14 +58,17 @@ def _problems(suite: Suite, cell: Cell, known: dict[str, str | None]) -> Iterato
     if there is not None:
         yield there
     elif not suite.is_finished(cell):
-        config = suite.run_config(cell)
-        # Looked at once, whatever the seed.
-        parts = (config.model, config.data, config.task, config.partition, config.evaluation, config.guide)
-        key = "".join(part.model_dump_json() for part in parts)
-        if key not in known:
-            known[key] = _problem(lambda: _find_all(config))
-        if (problem := known[key]) is not None:
-            yield problem
+        configs = [suite.run_config(cell)]
+        if suite.config.search is not None and read_outcome(suite, cell) is None:
+            configs.append(search_config(suite, cell, {}))  # trains on fewer rows
+        for config in configs:
+            # Looked at once, whatever the seed.
+            parts = (config.model, config.data, config.task, config.partition, config.evaluation, config.guide)
+            key = "".join(part.model_dump_json() for part in parts)
+            if key not in known:
+                known[key] = _problem(partial(_find_all, config))
+            if (problem := known[key]) is not None:
+                yield problem
 
 
 def _find_all(config: RunConfig) -> None:

@@ -71,10 +71,7 @@ def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:
     shown = {method.name: method.shown for method in suite.config.method}
     reference = None if suite.config.reference is None else shown[suite.config.reference]
     contenders = [shown[name] for name in suite.config.contenders]
-    total = len(suite.cells())
-    seeds = ", ".join(map(str, suite.config.seeds))
-    told = f"{len(rows)} of {total} runs are finished; seeds {seeds}. Written on {date.today().isoformat()}."
-    sections = [Section("", [told])]
+    sections = [Section("", [_told_of_runs(suite, rows), f"Made by: {suite.command}"])]
     if len({row.dataset for row in rows}) > 1:
         glance: list[Block] = []
         for heading, table in overview_tables(rows):
@@ -101,6 +98,14 @@ def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:
     if searched is not None and suite.config.search is not None:
         sections.append(Section("Settings found", [_told_of_search(suite.config, suite.config.search), searched]))
     return sections
+
+
+def _told_of_runs(suite: Suite, rows: Sequence[ResultRow]) -> str:
+    seeds = ", ".join(map(str, suite.config.seeds))
+    days = sorted({row.date for row in rows})
+    span = f" (of {' to '.join(dict.fromkeys((days[0], days[-1])))})" if days else ""
+    told = f"{len(rows)} of {len(suite.cells())} runs are finished{span}; seeds {seeds}."
+    return f"{told} Written on {date.today().isoformat()}."
 
 
 def _told_of_search(config: SuiteConfig, search: SearchConfig) -> str:

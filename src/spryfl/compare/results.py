@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -42,6 +43,7 @@ class ResultRow:
         metrics: all that the task has of the global model on the test split, by name, as JSON.
         bytes_up, bytes_down: of all clients in all rounds.
         rounds_to_target and those beside it: None where no target is set or it was not reached.
+        date: of the run's end, on the machine's clock.
         search_trials: that chose `settings`, the settings found; 0 where none were searched.
     """
 
@@ -72,6 +74,7 @@ class ResultRow:
     client_cpu_seconds_to_target: float | None
     seconds_to_target: float | None
     bytes_to_target: int | None
+    date: str
     search_trials: int
     settings: str
 
@@ -160,6 +163,7 @@ def _result(suite: Suite, cell: Cell) -> Result | None:
         client_cpu_seconds_to_target=None if there is None else there.client_cpu_seconds,
         seconds_to_target=None if there is None else there.seconds,
         bytes_to_target=None if there is None else there.num_bytes,
+        date=date.fromtimestamp(directory.summary_file.stat().st_mtime).isoformat(),
         search_trials=0 if outcome is None else len(outcome.trials),
         settings=json.dumps({} if outcome is None else outcome.settings, sort_keys=True),
     )

@@ -278,9 +278,11 @@ def target_modules(config: AdapterConfig, model: nn.Module) -> tuple[str, ...]:
         return [name for name in names if not any(path.endswith(f".{name}") for path in paths)]
 
     if config.target_modules is not None:
+        linear = sorted({p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear)})
         if unknown := missing(config.target_modules):
-            linear = sorted({p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise ModelError(f"adapter.target_modules: no module named {unknown} here. Linear ones: {linear}")
+        if unfit := [name for name in config.target_modules if not _have_matrices(model, name)]:
+            raise ModelError(f"adapter.target_modules: {unfit} are no linear maps here. Linear ones: {linear}")
         return config.target_modules
     for names in ADAPTERS[config.kind].default_targets:
         if not missing(names):
@@ -288,3 +290,9 @@ def target_modules(config: AdapterConfig, model: nn.Module) -> tuple[str, ...]:
     raise ModelError(
         f"adapter.target_modules: none are known by default for this model and kind = '{config.kind}'; name them"
     )
+
+
+def _have_matrices(model: nn.Module, name: str) -> bool:
+    """Whether all modules of that name have a matrix of weights, which an adapter is put around."""
+    named = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+    return all(isinstance(own := getattr(module, "weight", None), Tensor) and own.dim() > 1 for module in named)
