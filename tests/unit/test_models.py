@@ -158,11 +158,12 @@ def test_target_modules_that_no_adapter_is_put_around(tiny_model: Path, name: st
 
 
 @pytest.mark.slow
-def test_the_builtin_decoder_reads_and_answers() -> None:
-    """SmolLM2 from GGUF: loads as a Llama model with 30 layers of query and value units, slopes finite."""
+def test_the_builtin_decoder_reads_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2 from GGUF: loads silently as a Llama model with 30 layers of query and value units, slopes finite."""
     from spryfl.gradients.forward import loss_and_slopes
 
     loaded = load_model(ModelConfig(name="builtin:smollm2"), AdapterConfig(), num_labels=2, seed=0)
+    assert capsys.readouterr() == ("", "")
     assert len(loaded.units) == 61
     text = ["a fine film", "a dull film that goes on and on"]
     batch = loaded.tokenizer(text, padding=True, return_tensors="pt")

@@ -4,12 +4,19 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import TaskType
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging as transformers_logging
 
 from spryfl.config import TaskKind
@@ -51,7 +58,10 @@ def quietly() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        # A GGUF file's bar heeds neither; where there is none under this name, nothing is lost.
+        bar = getattr(modeling_gguf_pytorch_utils, "tqdm", iter)
+        with patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(bar, disable=True), create=True):
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
