@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import chain
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from spryfl.config import RunConfig
@@ -52,6 +53,19 @@ def require_enough_dimensions(config: RunConfig, federation: Federation, model: 
         dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
     for group in tangent_groups(method.tangents_per, [*chain(*dealt), *shared]):
         require_dimensions(method.distribution, method.own_num_tangents, size(group), group)
+
+
+def require_guessable(config: RunConfig, adapted: AdaptedModel) -> None:
+    """Refuse guessed gradients of embeddings, which lie below all layers; the estimator itself sees it in round 1."""
+    if config.method.own_estimator != "guided":
+        return
+    for unit in adapted.units:
+        module = None if unit.is_head else adapted.model.get_base_model().get_submodule(unit.name)
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Embedding):
+            raise ConfigError(
+                f"adapter.target_modules: '{unit.name}' is an embedding, below the layers, where no guess reaches: "
+                "leave it out, or choose a method with another estimator, such as spry or fedyogi"
+            )
 
 
 def require_majorities(config: RunConfig, federation: Federation) -> None:

@@ -35,6 +35,7 @@ from spryfl.safeguards import (
     accountant_of,
     require_checkpoint_budget,
     require_enough_dimensions,
+    require_guessable,
     require_majorities,
 )
 from spryfl.tasks import TASKS, Encode
@@ -111,6 +112,7 @@ class Workbench:
         require_checkpoint_budget(config, bench.adapted, [*map(bench.batch_tokens, range(len(bench.partition)))])
         require_enough_dimensions(config, bench.federation, bench.adapted.model)
         require_majorities(config, bench.federation)
+        require_guessable(config, bench.adapted)
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench
 
