@@ -31,9 +31,12 @@ def test_every_run_is_valid_and_shares_clients_and_rounds(task: str, name: str) 
         pytest.skip("not tried there")
     config = parse_config(with_overrides({}, settings_of(TASKS[task], variant, "data", 1e-2, 1)))
     first = parse_config(with_overrides({}, settings_of(TASKS[task], VARIANTS["backprop"], "data", 1e-2, 1)))
-    rounds = config.server.num_rounds
-    assert rounds == first.server.num_rounds or variant.dial == f"{rounds} rounds"  # more of them only if it says so
-    server = config.server.model_copy(update={"num_rounds": first.server.num_rounds})
+    rounds, schedule = config.server.num_rounds, config.server.schedule
+    # More of them, or another rate, only if it says so.
+    assert rounds == first.server.num_rounds or f"{rounds} rounds" in variant.dial
+    assert schedule == first.server.schedule or "falling rate" in variant.dial
+    own = {"num_rounds": first.server.num_rounds, "schedule": first.server.schedule}
+    server = config.server.model_copy(update=own)
     assert (config.data, config.partition, server, config.local, config.seed) == (
         first.data,
         first.partition,
@@ -175,16 +178,17 @@ def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(
         ("fedyogi", 0.003),
         ("fedyogi", 0.01),
         ("fedyogi", 0.03),
-        ("spry", 0.001),
         ("spry", 0.003),
         ("spry", 0.01),
+        ("spry", 0.03),
+        ("spry", 0.1),
     ]
     assert read_tuning(tmp_path) == tuned
     for task in ("snli", "mnli"):
         assert variant_config(task, VARIANTS["backprop split"], shared_data, tuned, 0).server.learning_rate == 0.003
     assert variant_config("prompted_sst2", VARIANTS["backprop"], shared_data, tuned, 0).server.learning_rate == 0.002
     tune(["ag_news"], names, shared_data, tmp_path, lambda text: None)
-    assert len(tried) == 6  # nothing twice
+    assert len(tried) == 7  # nothing twice
 
 
 def test_rows_of_an_earlier_bench_are_not_run_again(

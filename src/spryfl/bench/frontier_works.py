@@ -174,6 +174,7 @@ BY_LAYER: Settings = {"method.deal": "layer"}
 """A client gets all adapted modules of a layer, at no more than one layer's backward pass: twice the rows a unit."""
 ALL_UNITS: Settings = {"method.name": "fedyogi_guided"}
 """A client guesses for all of them, as it would back-propagate through all of them."""
+LONG_FEDMEZO: Settings = {"method.name": "fedmezo", "server.num_rounds": 150, "evaluation.every": 15}
 CHECKPOINTED: Settings = {"method.checkpointing": "per_layer"}
 
 
@@ -225,8 +226,16 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "zeroth order",
             "150 rounds",  # five times as many: after 30 it stands where it began, and nothing can be set against it
-            {"method.name": "fedmezo", "server.num_rounds": 150, "evaluation.every": 15},
+            LONG_FEDMEZO,
             rates_of="zeroth order",
+            only="head",
+        ),
+        Variant(
+            "zeroth order",
+            "150 rounds, falling rate",  # at the rate that is best for 15 rounds it stands still after 45 (lab note 33)
+            LONG_FEDMEZO | {"server.schedule": "linear"},
+            rates_of="zeroth order",
+            only="prompted",
         ),
         _guess("h=1", {"guide.horizon": 1}),
         _guess("h=2", {"guide.horizon": 2}),
