@@ -153,6 +153,19 @@ def test_labels_may_be_text(tmp_path: Path) -> None:
     assert set(loaded.train["label"][:]) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_words_for_nothing_are_words(tmp_path: Path, ending: str) -> None:
+    """Of a file of plain text only an empty cell is no value."""
+    rows: list[dict[str, object]] = [
+        {"text": ("N/A", "null")[i % 2], "label": ("None", "NA")[i % 2]} for i in range(20)
+    ]
+    path = write(tmp_path, f"data.{ending}", [*rows, {"text": "unlabelled", "label": ""}])
+    loaded = load_rows(DataConfig(name=str(path), drop_unlabelled=True), 0)
+    assert loaded.label_names == ("NA", "None")
+    assert len(loaded.train) + len(loaded.test) == 20
+    assert set(zip(loaded.train["text"][:], loaded.train["label"][:], strict=True)) == {("N/A", 1), ("null", 0)}
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [

@@ -27,10 +27,11 @@ from spryfl.data.examples import numbered
 from spryfl.errors import DataError, nearest
 
 # The readers, not load_dataset("csv", ..): that one tells the hub's servers that a file was loaded.
+_from_text = partial(Dataset.from_csv, keep_default_na=False, na_values=[""])  # "None" and "N/A" are words
 READERS: dict[str, Callable[..., Dataset]] = {
     ".parquet": Dataset.from_parquet,
-    ".csv": Dataset.from_csv,
-    ".tsv": partial(Dataset.from_csv, sep="\t"),
+    ".csv": _from_text,
+    ".tsv": partial(_from_text, sep="\t"),
     ".jsonl": Dataset.from_json,
     ".json": Dataset.from_json,
 }
