@@ -63,15 +63,15 @@ def collect(out: Path) -> list[Row]:
 def tune(tasks: Sequence[str], variants: Sequence[str], data: Path, out: Path, say: Progress) -> dict[str, Any]:
     """Try learning rates of the server for some rounds on a part of the training data; keep that of the least loss.
 
-    Every variant that does not borrow another's rate gets as many trials; so does every task, or the one that is
-    searched for it. Losses, because accuracies of short runs are near chance.
+    Every variant that has no rate of its own and borrows none gets as many trials; so does every task, or
+    the one that is searched for it. Losses, because accuracies of short runs are near chance.
     """
     check(tasks, variants, data)
     tuned = read_tuning(out)
     for task in dict.fromkeys(TASKS[task].tuned_on or task for task in tasks):
         for name in variants:
             variant = VARIANTS[name]
-            if variant.rates_of is not None or not variant.suits(TASKS[task]):
+            if variant.rates_of is not None or variant.rate is not None or not variant.suits(TASKS[task]):
                 continue
             trials = tuned.setdefault(task, {}).setdefault(name, {}).setdefault("loss", {})
             for factor in variant.factors:
@@ -132,11 +132,8 @@ def variant_config(task: str, variant: Variant, data: Path, tuned: dict[str, Any
     Args:
         tuned: of `read_tuning`; the task's own rate where it has none.
     """
-    rate = (
-        tuned.get(TASKS[task].tuned_on or task, {})
-        .get(variant.rates_of or variant.name, {})
-        .get("rate", TASKS[task].rate)
-    )
+    found = tuned.get(TASKS[task].tuned_on or task, {}).get(variant.rates_of or variant.name, {})
+    rate = variant.rate or found.get("rate", TASKS[task].rate)
     settings = settings_of(TASKS[task], variant, str(data.resolve()), rate, seed)
     return parse_config(with_overrides({}, settings | {"runtime.num_threads": 1, "label": variant.name}))
 

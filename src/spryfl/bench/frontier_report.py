@@ -138,6 +138,7 @@ SHOWN = (
     "guess maps h=0, all units",
     "forward K=1",
     "zeroth order 150 rounds",
+    "zeroth order 150 rounds, rate 0.002",
     "zeroth order 150 rounds, falling rate",
     "backprop split by layer",
     "backprop, budgeted 2 states",

@@ -146,6 +146,7 @@ class Variant:
         maps: whether it needs public text.
         budget_states: of budgeted backprop: hidden states kept.
         rates_of: the variant whose tuned learning rate it uses; its own by default.
+        rate: a learning rate that was chosen otherwise than by a search.
         factors: of the rates that are tried for it.
         only: where it is tried, if not on every task: with a trained head, or prompted.
     """
@@ -156,6 +157,7 @@ class Variant:
     maps: bool = False
     budget_states: int | None = None
     rates_of: str | None = None
+    rate: float | None = None
     factors: tuple[float, ...] = FACTORS
     only: Literal["head", "prompted"] | None = None
 
@@ -237,6 +239,7 @@ VARIANTS: dict[str, Variant] = {
             rates_of="zeroth order",
             only="prompted",
         ),
+        Variant("zeroth order", "150 rounds, rate 0.002", LONG_FEDMEZO, rate=2e-3, only="prompted"),
         _guess("h=1", {"guide.horizon": 1}),
         _guess("h=2", {"guide.horizon": 2}),
         Variant(
