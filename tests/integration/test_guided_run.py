@@ -289,6 +289,24 @@ def test_fit_maps_then_train_with_them(
     assert noted == pytest.approx(shown, abs=1e-3)
 
 
+def test_a_texts_columns_stand_for_the_prompts_fields(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], decoder: Path, public: Path, tmp_path: Path
+) -> None:
+    """Public text seldom calls its columns what the task does."""
+    table = tmp_path / "public.jsonl"
+    lines = [line.strip() for line in public.read_text().splitlines() if line.strip()]
+    table.write_text("\n".join(json.dumps({"words": line}) for line in lines))
+    same, named = tmp_path / "same.safetensors", tmp_path / "named.safetensors"
+    assert fit(monkeypatch, decoder, public, same) == 0
+    assert fit(monkeypatch, decoder, table, named, "--column", "words") == 0
+    one, other = load_file(same), load_file(named)
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+    capsys.readouterr()
+    assert fit(monkeypatch, decoder, table, named, "--column", "words", "--column", "words") == 2
+    assert "--column: 2 given, but the prompt's fields are ['text']" in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
+
+
 def test_maps_of_a_model_that_is_packed_while_loading(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], decoder: Path, public: Path, tmp_path: Path
 ) -> None:

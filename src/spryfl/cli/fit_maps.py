@@ -16,12 +16,15 @@ def fit_maps(
     prompt: Annotated[
         str,
         typer.Option(
-            help="The task's prompt, such as 'Review: {text}\\nSentiment:', with the text's columns; \\n is a new line."
+            help="The task's prompt, such as 'Review: {text}\\nSentiment:', with the task's columns; \\n is a new line."
         ),
     ],
     word: Annotated[list[str], typer.Option(help="A label word, such as ' positive'; give it for every class.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the maps go.")] = Path("maps.safetensors"),
-    column: Annotated[list[str] | None, typer.Option(help="Of the text; the prompt's fields by default.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the text, for a field of the prompt each, in order; those of the same names by default."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Longer texts are truncated.")] = 64,
     texts: Annotated[int, typer.Option(min=2, help="As many at most.")] = 512,
     horizon: Annotated[int, typer.Option(min=0, help="guide.horizon of the runs they serve.")] = 0,
@@ -41,16 +44,22 @@ def fit_maps(
     from spryfl.config import parse_config
 
     template = prompt.replace("\\n", "\n")
+    fields = _fields(template)
+    if column and len(column) != len(fields):
+        raise SpryError(
+            f"--column: {len(column)} given, but the prompt's fields are {fields}: give one for each, in order"
+        )
     config = parse_config(
         {
             "seed": seed,
             "model": {"name": model, "quantization": quantization},
             "task": {"kind": "prompted", "template": template, "label_words": word},
-            "data": {"text_columns": column or _fields(template), "max_tokens": tokens},
+            "data": {"text_columns": fields, "max_tokens": tokens},
             "method": {"name": "spry_guided"},
             "guide": {
                 "guess": "maps",
                 "text": str(text),
+                "text_columns": column or fields,
                 "num_texts": texts,
                 "horizon": horizon,
                 "rank": rank,
