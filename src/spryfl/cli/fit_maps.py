@@ -59,7 +59,7 @@ def fit_maps(
             "guide": {
                 "guess": "maps",
                 "text": str(text),
-                "text_columns": column or fields,
+                "text_columns": column or None,  # of the same names
                 "num_texts": texts,
                 "horizon": horizon,
                 "rank": rank,
