@@ -83,3 +83,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the datasets in {SHARED_DATA}, which is absent")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Public text for maps to be fitted on, a text a line."""
+    path = tmp_path_factory.mktemp("public") / "public.txt"
+    nouns, tones = ("film", "plot", "cast"), ("good", "bad", "great", "poor", "fine", "awful")
+    path.write_text("\n".join(f"a {noun} is {tone}" for noun in nouns for tone in tones for _ in range(4)))
+    return path
