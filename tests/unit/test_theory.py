@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spryfl.bench.theory import TheoryBench, error_variance, measure_theory, product_variance
+from spryfl.bench.theory import TheoryBench, error_variance, measure_theory
 from spryfl.bench.theory_report import as_markdown, disagreements, plot_theory
+from spryfl.bench.theory_rounds import product_variance, round_variance
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_monte_carlo_agrees_with_theory(measured: dict[str, object]) -> None:
     assert [(row["d"], row["k"]) for row in measured["variance"]] == [(d, k) for d in (64, 256) for k in (1, 4, 16)]
     assert all(row["slope_difference"] < 1e-4 for row in measured["variance"])
     wrong = measured["variance"][0] | {"theory": 2 * measured["variance"][0]["theory"]}
-    assert disagreements({"variance": [wrong], "draws": []}) == ["variance at d = 64, K = 1"]
+    assert disagreements({"variance": [wrong], "draws": [], "errors": []}) == ["variance at d = 64, K = 1"]
 
 
 def test_bias_grows_with_heterogeneity(measured: dict[str, object]) -> None:
@@ -57,9 +58,26 @@ def test_bias_grows_with_heterogeneity(measured: dict[str, object]) -> None:
         assert iid["bias_after_rotation"] < 0.5 * iid["bias"]
 
 
+def test_a_split_takes_work_off_clients_not_error_off_a_round() -> None:
+    """Clients alike: dealt or not, a round errs as much; a head that all of them perturb makes a split err more."""
+    gradient = np.array([0.3, -0.2, 0.5, 0.1, -0.4, 0.2, 0.6, -0.1])
+    square, everything = gradient @ gradient, np.ones(8, dtype=bool)
+    four = np.tile(gradient, (4, 1))
+    assert round_variance(four, np.full((4, 8), 1 / 4), everything) == pytest.approx((8 + 1) / 4 * square)
+    assert round_variance(four, np.kron(np.eye(4), np.ones(2)), everything) == pytest.approx((2 + 1) * square)
+
+    three, head, dealt = four[:3], gradient[:2] @ gradient[:2], np.full((3, 8), 1 / 3)
+    dealt[:, 2:] = np.kron(np.eye(3), np.ones(2))
+    units = square - head
+    by_hand = 2 * (3 * head + units) + units + (2 * (3 * head + units) + 3 * head) / 9
+    assert round_variance(three, dealt, everything) == pytest.approx(by_hand)
+    assert by_hand > round_variance(three, np.full((3, 8), 1 / 3), everything)
+    assert round_variance(three, dealt, np.arange(8) >= 2) == pytest.approx((2 + 1) * units)
+
+
 def test_the_report(measured: dict[str, object], tmp_path: Path) -> None:
     table = as_markdown(measured)
-    assert table.count("| IID |") == 2
+    assert table.count("| IID |") == 2 + 2 * 4
     assert f"| 4 | 256 | 16 | {measured['variance'][-1]['error']:,.1f} | 16.1 |" in table
     plot_theory(measured, tmp_path / "theory.png")
     assert (tmp_path / "theory.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Spry's theory, measured on a real model: the variance of a forward gradient, and the bias that splitting brings.
+"""Spry's theory, measured on a real model: the variance of a forward gradient, and what splitting does to a round.
 
 Variance. Of Gaussian tangents v, with d numbers perturbed,
 
@@ -7,14 +7,9 @@ Variance. Of Gaussian tangents v, with d numbers perturbed,
 and that squared error has itself the variance 2 (d + 3) (d + K + 5) / K^3 |g|^4, from the moments of s and |v|^2 up to
 the eighth. So how far a measured mean may be off is known, not estimated from a sample with heavy tails.
 
-Bias. Each s v is unbiased for the gradient of the client that took it, so in a round the estimate of unit u has the
-mean of the gradients of the clients C_u that hold u, not of all clients (Panchal et al. 2024, theorem 4.1):
-
-    E g_hat_u = sum_{m in C_u} n_m g_{m,u} / sum_{m in C_u} n_m,    g_u = sum_m n_m g_{m,u} / sum_m n_m.
-
-They are equal where clients' data are alike, and grow apart with heterogeneity. Slopes come from forward-mode passes
-for the variance; for the bias, whose passes would take hours, they are g . v of gradients by backprop, and the
-variance's passes say how near that is to what a pass gives.
+Of rounds of several clients see `spryfl.bench.theory_rounds`. Slopes come from forward-mode passes for the variance;
+for rounds, whose passes would take hours, they are g . v of gradients by backprop, and the variance's passes say how
+near that is to what a pass gives.
 """
 
 from collections.abc import Sequence
@@ -25,15 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spryfl.config import PartitionConfig, parse_config
-from spryfl.data.partition import Partition, label_counts, partition_rows
-from spryfl.federated.assignment import assign_units
+from spryfl.bench.theory_rounds import measure_bias, measure_draws, measure_errors
+from spryfl.config import parse_config
 from spryfl.federated.client import BatchLoss, loaded
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import loss_and_slopes
 from spryfl.models.units import HEAD
-from spryfl.report.intervals import interval
 from spryfl.workbench import PartitionData, Workbench
 
 Row = dict[str, Any]
@@ -47,8 +40,9 @@ class TheoryBench:
     Attributes:
         rows: shared among clients, `batch` of them in the variance's batch.
         num_tangents: of each d; draws: of each client where the bias is estimated from them.
+        num_rounds: drawn for the error of a round; error_alphas: of it, beside IID.
         counts: how many units are perturbed together, from the top.
-        clients: in a round; seeds: of partitions.
+        clients: in a round; seeds: of partitions; alphas: of the bias, beside IID.
     """
 
     model: str = "builtin:minilm"
@@ -65,10 +59,12 @@ class TheoryBench:
     seeds: int = 10
     draws: int = 4096
     drawn_alphas: tuple[float, ...] = (0.1, 1.0, 100.0)
+    num_rounds: int = 256
+    error_alphas: tuple[float, ...] = (1.0,)
 
 
 def measure_theory(settings: TheoryBench) -> Row:
-    """Every figure, by part: `settings`, `variance`, `bias`, `draws`."""
+    """Every figure, by part: `settings`, `variance`, `bias`, `draws`, `errors`."""
     bench = Workbench.from_config(
         parse_config(
             {
@@ -85,8 +81,11 @@ def measure_theory(settings: TheoryBench) -> Row:
     return {
         "settings": asdict(settings),
         "variance": variance,
-        "bias": measure_bias(bench, gradients, settings),
-        "draws": measure_draws(bench, gradients, settings),
+        "bias": measure_bias(bench, gradients, settings.clients, (*settings.alphas, None), settings.seeds),
+        "draws": measure_draws(bench, gradients, settings.clients[0], settings.drawn_alphas, settings.draws),
+        "errors": measure_errors(
+            bench, gradients, settings.clients, (*settings.error_alphas, None), settings.num_rounds
+        ),
     }
 
 
@@ -125,142 +124,9 @@ def measure_variance(bench: Workbench, settings: TheoryBench) -> list[Row]:
     return rows
 
 
-def measure_bias(bench: Workbench, gradients: np.ndarray, settings: TheoryBench) -> list[Row]:
-    """Exact bias of a round's split estimate, by heterogeneity and number of clients.
-
-    Args:
-        gradients: (rows, parameters) of every row.
-    """
-    rows = []
-    for num_clients in settings.clients:
-        for alpha in (*settings.alphas, None):
-            found = [_bias_of(bench, gradients, num_clients, alpha, seed) for seed in range(settings.seeds)]
-            in_round, after, distance = (interval(list(own)) for own in zip(*found, strict=True))
-            rows.append(
-                {
-                    "num_clients": num_clients,
-                    "alpha": alpha,
-                    "bias": in_round.mean,
-                    "bias_low": in_round.low,
-                    "bias_high": in_round.high,
-                    "bias_after_rotation": after.mean,
-                    "label_distance": distance.mean,
-                }
-            )
-    return rows
-
-
-def measure_draws(bench: Workbench, gradients: np.ndarray, settings: TheoryBench) -> list[Row]:
-    """The squared bias of one round estimated from seeded directions, beside its exact value.
-
-    With the means a, b of two disjoint halves of the draws, (a - g) . (b - g) has expectation |bias|^2, free of the
-    estimate's own variance.
-    """
-    num_clients, spans = settings.clients[0], _spans(bench)
-    rows = []
-    for alpha in settings.drawn_alphas:
-        partition = _partition(bench, num_clients, alpha, seed=0)
-        own, whole = _client_gradients(gradients, partition)
-        assigned = _assigned(bench, num_clients, start=0)
-        holders = {unit: [c for c, units in assigned.items() if unit in units] for unit in spans}
-        estimate = variance = exact = 0.0
-        for unit, span in spans.items():
-            if len(holders[unit]) != 1:
-                continue  # the head, which all clients train: no bias
-            (client,) = holders[unit]
-            mine, bias = own[client, span], own[client, span] - whole[span]
-            first, second = (_drawn_mean(mine, client, unit, half, settings.draws // 2) for half in (0, 1))
-            estimate += (first - whole[span]) @ (second - whole[span])
-            variance += product_variance(mine, bias, settings.draws // 2)
-            exact += bias @ bias
-        scale = float(whole @ whole)
-        rows.append(
-            {
-                "num_clients": num_clients,
-                "alpha": alpha,
-                "squared_bias": exact / scale,
-                "estimate": float(estimate / scale),
-                "standard_error": float(variance**0.5 / scale),
-            }
-        )
-    return rows
-
-
 def error_variance(d: int, k: int) -> float:
     """Variance of |(1/K) sum_k s_k v_k - g|^2 over K Gaussian tangents of d numbers, for |g| = 1."""
     return 2 * (d + 3) * (d + k + 5) / k**3
-
-
-def product_variance(own: np.ndarray, bias: np.ndarray, count: int) -> float:
-    """Variance of (a - g) . (b - g), a and b means of `count` forward gradients of `own` each, bias = own - g.
-
-    With C = (|own|^2 I + own own^T) / count, the covariance of either, it is 2 bias^T C bias + tr C^2.
-    """
-    square = own @ own
-    along = square * (bias @ bias) + (own @ bias) ** 2
-    return float(2 * along / count + (len(own) + 3) * square**2 / count**2)
-
-
-def _drawn_mean(own: np.ndarray, client: int, unit: str, step: int, count: int) -> np.ndarray:
-    """The mean of forward gradients of `own` along the directions of one step."""
-    draw = DirectionStream(seed=0, round=1, client=client).at_step(step)
-    tangents = draw.stacked({unit: torch.Size([len(own)])}, count)[unit].double().numpy()
-    return np.asarray((tangents @ own) @ tangents / count)
-
-
-def _bias_of(
-    bench: Workbench, gradients: np.ndarray, num_clients: int, alpha: float | None, seed: int
-) -> tuple[float, float, float]:
-    """Relative bias in a round (root mean square over a rotation) and after it; clients' mean label distance."""
-    partition = _partition(bench, num_clients, alpha, seed)
-    own, whole = _client_gradients(gradients, partition)
-    sizes = np.array([len(rows) for rows in partition], dtype=np.float64)
-    spans, squares, means = _spans(bench), [], []
-    for start in range(len(spans) - 1):
-        assigned = _assigned(bench, num_clients, start)
-        mean = np.empty_like(whole)
-        for unit, span in spans.items():
-            holders = [client for client, units in assigned.items() if unit in units]
-            mean[span] = np.average(own[holders][:, span], axis=0, weights=sizes[holders])
-        squares.append(((mean - whole) ** 2).sum())
-        means.append(mean)
-    scale = np.linalg.norm(whole)
-    labels = bench.train.labels
-    counts = label_counts(partition, labels, len(bench.label_names))
-    distances = 0.5 * np.abs(counts / sizes[:, None] - counts.sum(axis=0) / len(labels)).sum(axis=1)
-    return (
-        float(np.sqrt(np.mean(squares)) / scale),
-        float(np.linalg.norm(np.mean(means, axis=0) - whole) / scale),
-        float(np.average(distances, weights=sizes)),
-    )
-
-
-def _partition(bench: Workbench, num_clients: int, alpha: float | None, seed: int) -> Partition:
-    """Of an alpha; None: IID."""
-    config = PartitionConfig(kind="iid", num_clients=num_clients, min_examples=1)
-    if alpha is not None:
-        config = PartitionConfig(alpha=alpha, num_clients=num_clients, min_examples=1)
-    return partition_rows(config, bench.train.labels, None, seed)
-
-
-def _client_gradients(gradients: np.ndarray, partition: Partition) -> tuple[np.ndarray, np.ndarray]:
-    """(clients, parameters) of each client's data, and (parameters,) of all."""
-    return np.stack([gradients[rows].mean(axis=0) for rows in partition]), gradients.mean(axis=0)
-
-
-def _assigned(bench: Workbench, num_clients: int, start: int) -> dict[int, tuple[str, ...]]:
-    units = [unit.name for unit in bench.adapted.units]
-    return assign_units("split", units, range(num_clients), start, (HEAD,))
-
-
-def _spans(bench: Workbench) -> dict[str, slice]:
-    """Where each unit's numbers stand in a flat gradient of all."""
-    found, begin = {}, 0
-    for unit in bench.adapted.units:
-        size = sum(bench.adapted.model.get_parameter(name).numel() for name in unit.parameters)
-        found[unit.name] = slice(begin, begin + size)
-        begin += size
-    return found
 
 
 def _row_gradients(bench: Workbench) -> np.ndarray:
