@@ -2,8 +2,8 @@
 
     python benchmarks/record_readme.py
 
-Reads docs/results/{memory,frontier}.json and matrix/results.parquet; tests/integration/test_readme.py holds the texts
-to them.
+Reads docs/results/{memory,frontier}.json and {matrix,directions}/results.parquet; tests/integration/test_readme.py
+holds the texts to them.
 """
 
 import json
@@ -17,13 +17,14 @@ from pyarrow import parquet
 
 from spryfl.bench import frontier_report, frontier_targets, memory_report, memory_targets
 from spryfl.compare.results import ResultRow
-from spryfl.compare.tables import Table, overview_tables
+from spryfl.compare.tables import Table, number, overview_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = {
     "memory": ROOT / "docs/results/memory.json",
     "frontier": ROOT / "docs/results/frontier.json",
     "matrix": ROOT / "docs/results/matrix/results.parquet",
+    "directions": ROOT / "docs/results/directions/results.parquet",
 }
 ZEROTH_ORDER = ("fedmezo", "baffle", "baffle_plus", "fwdllm", "fwdllm_plus")
 HEADLINE = ("spry", "spry_guided", "fedyogi_guided", "fedmezo", "fedyogi_split", "fedyogi")
@@ -43,22 +44,39 @@ def matrix_table(rows: Sequence[ResultRow]) -> str:
     return overview_tables([row for row in rows if row.alpha == 1 and row.variant in HEADLINE])[0][1].as_markdown()
 
 
+def costs_table(rows: Sequence[ResultRow]) -> str:
+    """Some methods of a suite of one dataset and seed: where they ended, for what, and what its target took them."""
+    lines = [
+        [
+            row.label,
+            f"{row.central_test:.3f}",
+            number(row.client_cpu_seconds),
+            number(row.activation_peak_bytes / 1e6),
+            number((row.bytes_up + row.bytes_down) / 1e6),
+            "never" if row.client_cpu_seconds_to_target is None else number(row.client_cpu_seconds_to_target),
+        ]
+        for row in rows
+        if row.variant in HEADLINE
+    ]
+    costs = ["client CPU (s)", "activation peak (MB)", "up and down (MB)", f"client CPU (s) to {rows[0].target:g}"]
+    return Table([f"{rows[0].dataset}, {rows[0].rounds} rounds", rows[0].metric, *costs], lines).as_markdown()
+
+
 def points_table(rows: Sequence[ResultRow]) -> str:
     """By how many points of the central test one method ends above others, on each dataset: means over shared seeds."""
-    datasets = list(dict.fromkeys(row.dataset for row in rows))
     scores = {(row.dataset, row.variant, row.seed): row.central_test for row in rows if row.central_test is not None}
     lines = []
-    for told, variant, others in POINTS:
+    for dataset in dict.fromkeys(row.dataset for row in rows):
         cells = []
-        for dataset in datasets:
+        for _, variant, others in POINTS:
             points = [
                 100 * (score - max(scores[dataset, other, seed] for other in others))
                 for (of, name, seed), score in scores.items()
                 if (of, name) == (dataset, variant) and all((dataset, other, seed) in scores for other in others)
             ]
             cells.append(f"{fmean(points):+.1f}" if points else "")
-        lines.append([told, *cells])
-    return Table(["points that", *datasets], lines).as_markdown()
+        lines.append([dataset, *cells])
+    return Table(["points of the central test", *(told for told, _, _ in POINTS)], lines).as_markdown()
 
 
 def frontier_table(rows: list[Any]) -> str:
@@ -74,6 +92,8 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("docs/results/README.md", "frontier", frontier_table),
     ("README.md", "matrix", matrix_table),
     ("docs/results/README.md", "matrix", points_table),
+    ("README.md", "directions", costs_table),
+    ("docs/results/README.md", "directions", points_table),
 )
 """(text, results, table of their rows)."""
 
