@@ -33,7 +33,7 @@ def compare(
     # After the arguments are known to be good: this imports torch.
     from spryfl.compare.cells import Suite, chosen_cells
     from spryfl.compare.running import compare as perform
-    from spryfl.tracking.interruption import Interruption
+    from spryfl.tracking.interruption import EXIT_CODE, Interruption
     from spryfl.tracking.suite_console import SuiteConsole
 
     work = Suite(config, out or Path("runs") / suite.stem, data, _command(suite, data, overrides or [], out))
@@ -45,7 +45,7 @@ def compare(
             rows = perform(work, cells, [console, Interruption()], console.tell)
     except KeyboardInterrupt:
         print(f"Stopped; {work.out}/report.html has what is done. Go on with the same command", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_CODE) from None
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     elif not quiet:

@@ -36,7 +36,6 @@ app.command("fit-maps")(fit_maps)
 app.add_typer(bench, name="bench")
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 
 def _print_version(wanted: bool) -> None:

@@ -31,7 +31,7 @@ def run(
     from spryfl.suite import resume_suite, run_suite, suite_labels
     from spryfl.tracking.console import ConsoleObserver, print_results
     from spryfl.tracking.events import Observer
-    from spryfl.tracking.interruption import Interruption
+    from spryfl.tracking.interruption import EXIT_CODE, Interruption
     from spryfl.tracking.run_directory import RunDirectory
 
     console = ConsoleObserver(suite_labels(loaded), _rounds(loaded), hidden=quiet or as_json)
@@ -51,7 +51,7 @@ def run(
             )
     except KeyboardInterrupt:
         print(f"Stopped. Go on with: spry run --resume {directory}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_CODE) from None
     if as_json:
         main, *compared = [summary.as_row() for summary in summaries]
         print(json.dumps(main | ({"compared": compared} if compared else {}), indent=2))

@@ -4,6 +4,9 @@ import signal
 
 from spryfl.tracking.events import RoundEvent, Summary
 
+EXIT_CODE = 130
+"""Of a command that a signal stopped, as shells have it."""
+
 
 class Interruption:
     """Notes the first signal and raises KeyboardInterrupt at the next safe place; a second one raises at once.
