@@ -15,6 +15,7 @@ from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
 from spryfl.data.loading import Rows, load_own_rows, load_rows
+from spryfl.data.logit_adjustment import adjusted_to
 from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
 from spryfl.data.task import Answers, Evaluation, Sample, Task, TokenTask
 from spryfl.errors import DataError, nearest
@@ -272,7 +273,11 @@ class Workbench:
 
     def client(self, client: int) -> Client[Batch]:
         """The client of a partition id; its adapter's dropout is on, the base model's is not."""
-        own = self.client_with(PartitionData(self.task, self.train, self.partition[client]))
+        rows = self.partition[client]
+        strength, classes = self.config.local.logit_adjustment, len(self.label_names)
+        plain = PartitionData(self.task, self.train, rows)
+        adjusted = replace(plain, task=adjusted_to(self.train.labels[rows], self.task, classes, strength))
+        own = replace(self.client_with(adjusted), personal=plain)
         held_out, size = self.held_out[client].tolist(), self.config.evaluation.batch_size
         if not held_out:
             return own

@@ -296,6 +296,7 @@ CLIENT = {"level": "client", "clip": 1.0, "noise_multiplier": 1.0}
         ),
         ({"privacy": EXAMPLE, "method": {"estimator": "auto"}}, "do not make estimator 'auto' private"),
         ({"privacy": EXAMPLE, "method": {"exact_head": True}}, "exact_head sends a gradient without noise"),
+        ({"privacy": EXAMPLE, "local": {"logit_adjustment": 1.0}}, "counts all of a client's labels"),
         ({"server": {"aggregation": "median"}, "method": {"name": "fwdllm"}}, "pools gradients over rounds as a mean"),
         ({"server": {"trim": 0.2}}, "trim belongs to aggregation = 'trimmed_mean'"),
         (

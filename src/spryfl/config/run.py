@@ -121,6 +121,11 @@ class RunConfig(Part):
             raise ValueError(
                 "privacy.level = 'example': method.exact_head sends a gradient without noise; leave it out"
             )
+        if self.local.logit_adjustment > 0:
+            raise ValueError(
+                "privacy.level = 'example': local.logit_adjustment counts all of a client's labels, which no noise "
+                "covers; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -163,6 +168,11 @@ class RunConfig(Part):
         if kind == "language_model" and self.task.template is None and len(columns) != 1:
             raise ValueError(
                 f"data.text_columns: a text alone is one column, not {columns}: leave some out, or set task.template"
+            )
+        if kind not in WITH_CLASSES and self.local.logit_adjustment > 0:
+            raise ValueError(
+                f"local.logit_adjustment adjusts to shares of classes, which task.kind = '{kind}' has none of: leave "
+                "it out"
             )
         if kind not in WITH_CLASSES and self.partition.kind == "dirichlet":
             raise ValueError(

@@ -19,6 +19,12 @@ class LocalConfig(Part):
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
     weight_decay: float = Field(0.0, ge=0)
+    logit_adjustment: float = Field(
+        0.0,
+        ge=0,
+        description="of classes: this times the log of a client's label shares is added to its logits in training, so "
+        "that skewed clients agree more; 1 is usual",
+    )
 
 
 class ServerConfig(Part):

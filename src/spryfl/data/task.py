@@ -80,12 +80,17 @@ class Answers(Protocol):
         ...
 
 
+@runtime_checkable
 class Classifier(Protocol):
     """A task whose model gives one score a class."""
 
     def batch(self, examples: Examples, rows: Sequence[int]) -> Batch: ...
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor: ...
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows, classes), in float32 at least."""
+        ...
+
+    def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation: ...
 
 
 def evaluate_classes(

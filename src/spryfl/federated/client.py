@@ -138,6 +138,7 @@ class Client(Generic[BatchT]):
         dropout: the adapter's dropout modules, active during an update; the base model's never are.
         estimators: by name, those that a task's settings may ask for instead.
         score: how a model does on the rows this client holds out; None where it holds none.
+        personal: the same examples with the loss that serves this client alone; None where that is `data`'s.
     """
 
     model: nn.Module
@@ -147,6 +148,7 @@ class Client(Generic[BatchT]):
     dropout: Sequence[nn.Module] = ()
     estimators: Mapping[str, GradientEstimator] = field(default_factory=dict)
     score: Callable[[nn.Module], Scores] | None = None
+    personal: ClientData[BatchT] | None = None
 
     def update(self, task: ClientTask) -> ClientUpdate:
         """Perform a task: local steps on the assigned units; the model is left as it was found.
@@ -209,8 +211,9 @@ class Client(Generic[BatchT]):
             raise SpryError(f"client {task.client} holds out no rows")
         started, values = time.perf_counter(), task.values
         if task.training is not None:
-            trained = replace(self, training=replace(self.training, pace="epoch")).update(task.training)
-            values = values | trained.tensors
+            whole_epochs = replace(self.training, pace="epoch")
+            own = replace(self, data=self.data if self.personal is None else self.personal, training=whole_epochs)
+            values = values | own.update(task.training).tensors
         _require_time(task, time.perf_counter() - started, "training")
         with loaded(self.model, values):
             scores = self.score(self.model)
