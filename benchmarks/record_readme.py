@@ -27,7 +27,18 @@ RESULTS = {
     "directions": ROOT / "docs/results/directions/results.parquet",
 }
 ZEROTH_ORDER = ("fedmezo", "baffle", "baffle_plus", "fwdllm", "fwdllm_plus")
-HEADLINE = ("spry", "spry_guided", "fedyogi_guided", "fedmezo", "fedyogi_split", "fedyogi")
+HEADLINE = (
+    "spry",
+    "spry_guided",
+    "spry_guided_adjusted",
+    "fedyogi_guided",
+    "fedyogi_guided_adjusted",
+    "fedmezo",
+    "fedyogi_split",
+    "fedyogi",
+    "fedyogi_adjusted",
+    "head_alone",
+)
 POINTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Spry above the best of finite differences", "spry", ZEROTH_ORDER),
     ("Spry, guided, above it", "spry_guided", ZEROTH_ORDER),
@@ -35,6 +46,8 @@ POINTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Spry, guided, above FedYogi, split", "spry_guided", ("fedyogi_split",)),
     ("Spry, guided, above FedYogi", "spry_guided", ("fedyogi",)),
     ("FedYogi, guided, above FedYogi", "fedyogi_guided", ("fedyogi",)),
+    ("Spry, guided, adjusted, above FedYogi, adjusted", "spry_guided_adjusted", ("fedyogi_adjusted",)),
+    ("FedYogi, guided, adjusted, above it", "fedyogi_guided_adjusted", ("fedyogi_adjusted",)),
 )
 """(told, variant, variants whose best it is held against)."""
 
