@@ -89,7 +89,11 @@ def points_table(rows: Sequence[ResultRow]) -> str:
             ]
             cells.append(f"{fmean(points):+.1f}" if points else "")
         lines.append([dataset, *cells])
-    return Table(["points of the central test", *(told for told, _, _ in POINTS)], lines).as_markdown()
+    headings = ["points of the central test", *(told for told, _, _ in POINTS)]
+    known = [column for column in range(len(headings)) if any(line[column] for line in lines)]
+    return Table(
+        [headings[column] for column in known], [[line[column] for column in known] for line in lines]
+    ).as_markdown()
 
 
 def frontier_table(rows: list[Any]) -> str:

@@ -22,6 +22,8 @@ AXES: tuple[tuple[str, Quantity], ...] = (
     ("MB up and down", lambda event: (event.bytes_up + event.bytes_down) / 1e6),
 )
 """What a score is drawn over: the label, and what one round adds."""
+LINES = ("-", "--", "-.", (0, (1, 1)))
+"""Of each ten methods, which colours tell apart."""
 MARKERS = "osD^v<>pPX*hd"
 
 
@@ -79,7 +81,7 @@ def _draw(axes: Axes, results: Sequence[Result], label: str, quantity: Quantity,
     x = np.array([np.mean([so_far for so_far, _ in points[round]]) for round in rounds])
     spans = [interval([score for _, score in points[round]]) for round in rounds]
     mean, half = np.array([s.mean for s in spans]), np.array([s.half_width or 0.0 for s in spans])
-    colour, line = f"C{place % 10}", "-" if place < 10 else "--"
+    colour, line = f"C{place % 10}", LINES[place // 10 % len(LINES)]
     marker = MARKERS[place % len(MARKERS)]
     axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, linewidth=1.3, label=label)
     if half.any():
