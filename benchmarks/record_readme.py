@@ -34,6 +34,7 @@ HEADLINE = (
     "fedyogi_guided",
     "fedyogi_guided_adjusted",
     "fedmezo",
+    "fwdllm_plus",
     "fedyogi_split",
     "fedyogi",
     "fedyogi_adjusted",
