@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from spryfl.client_memory import ClientMemory, client_memory
 from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
 from spryfl.data.loading import Rows, load_own_rows, load_rows
-from spryfl.data.logit_adjustment import adjusted_to
+from spryfl.data.logit_adjustment import AdjustedClassification, label_offset
 from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
-from spryfl.data.task import Answers, Evaluation, Sample, Task, TokenTask
+from spryfl.data.task import Answers, Classifier, Evaluation, Sample, Task, TokenTask
 from spryfl.errors import DataError, nearest
 from spryfl.estimators import CHOSEN_AMONG, new_estimator
 from spryfl.federated.accounting import Accountant
@@ -274,10 +274,12 @@ class Workbench:
     def client(self, client: int) -> Client[Batch]:
         """The client of a partition id; its adapter's dropout is on, the base model's is not."""
         rows = self.partition[client]
-        strength, classes = self.config.local.logit_adjustment, len(self.label_names)
-        plain = PartitionData(self.task, self.train, rows)
-        adjusted = replace(plain, task=adjusted_to(self.train.labels[rows], self.task, classes, strength))
-        own = replace(self.client_with(adjusted), personal=plain)
+        data = PartitionData(self.task, self.train, rows)
+        own = self.client_with(data)
+        if self.config.local.logit_adjustment > 0:
+            offset = label_offset(self.train.labels[rows], len(self.label_names), self.config.local.logit_adjustment)
+            task = AdjustedClassification(cast(Classifier, self.task), offset)  # the configuration holds it to classes
+            own = replace(own, data=replace(data, task=task), personal=data)
         held_out, size = self.held_out[client].tolist(), self.config.evaluation.batch_size
         if not held_out:
             return own

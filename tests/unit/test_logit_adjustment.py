@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spryfl.config import RunConfig
-from spryfl.data.logit_adjustment import adjusted_to, label_offset
+from spryfl.data.logit_adjustment import AdjustedClassification, label_offset
 from spryfl.errors import ConfigError
 from spryfl.federated.client import BatchLoss
 from spryfl.federated.fitting import Deal, PassSettings
@@ -29,7 +29,7 @@ def test_the_offset_by_hand() -> None:
 
 def trained_by(bench: Workbench, rows: Sequence[int], strength: float) -> PartitionData:
     """The data of a client that holds these rows."""
-    task = adjusted_to(bench.train.labels[rows], bench.task, 2, strength)
+    task = AdjustedClassification(bench.task, label_offset(bench.train.labels[rows], 2, strength))
     return PartitionData(task, bench.train, np.array(rows))
 
 

@@ -65,9 +65,9 @@ def as_markdown(measured: Row) -> str:
     lines += [
         "",
         "Normalized error of a round in which each client takes one tangent over what it trains: all units, or those "
-        f"dealt to it. In closed form, and the mean of {settings['num_rounds']} rounds along seeded directions. `d`: "
-        "numbers that a client perturbs. Unless its gradient is exact, all clients perturb the head beside their "
-        "units.",
+        f"dealt to it. In closed form, and the mean of {settings['num_rounds']} rounds along seeded directions; here "
+        "alone standard errors are those of the sample. `d`: numbers that a client perturbs. Unless its gradient is "
+        "exact, all clients perturb the head beside their units.",
         "",
         "| clients | alpha | round | d | theory | of it squared bias | measured | standard error | off by |",
         "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",

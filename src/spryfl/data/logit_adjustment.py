@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.data.examples import Batch, Examples
-from spryfl.data.task import Classifier, Evaluation, Task
+from spryfl.data.task import Classifier, Evaluation
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,6 @@ class AdjustedClassification:
     def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:
         """See `Task.evaluate`; nothing is adjusted."""
         return self.task.evaluate(model, examples, rows, batch_size)
-
-
-def adjusted_to(labels: np.ndarray, task: Task, num_classes: int, strength: float) -> Task:
-    """The task as a client with these labels trains it for all; itself where nothing is adjusted."""
-    if strength == 0 or not isinstance(task, Classifier):
-        return task
-    return AdjustedClassification(task, label_offset(labels, num_classes, strength))
 
 
 def label_offset(labels: np.ndarray, num_classes: int, strength: float) -> Tensor:

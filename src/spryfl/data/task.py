@@ -80,7 +80,6 @@ class Answers(Protocol):
         ...
 
 
-@runtime_checkable
 class Classifier(Protocol):
     """A task whose model gives one score a class."""
 
