@@ -36,6 +36,7 @@ HEADLINE = (
     "fedmezo",
     "fwdllm_plus",
     "fedyogi_split",
+    "fedyogi_split_adjusted",
     "fedyogi",
     "fedyogi_adjusted",
     "head_alone",
@@ -47,6 +48,7 @@ POINTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Spry, guided, above FedYogi, split", "spry_guided", ("fedyogi_split",)),
     ("Spry, guided, above FedYogi", "spry_guided", ("fedyogi",)),
     ("FedYogi, guided, above FedYogi", "fedyogi_guided", ("fedyogi",)),
+    ("Spry, guided, adjusted, above FedYogi, split, adjusted", "spry_guided_adjusted", ("fedyogi_split_adjusted",)),
     ("Spry, guided, adjusted, above FedYogi, adjusted", "spry_guided_adjusted", ("fedyogi_adjusted",)),
     ("FedYogi, guided, adjusted, above it", "fedyogi_guided_adjusted", ("fedyogi_adjusted",)),
 )

@@ -85,9 +85,17 @@ def test_reports(tmp_path: Path) -> None:
     rows = [row("snli", "backprop", 0.7), row("snli", "backprop", 0.8, seed=1), row("snli", "head alone", 0.5)]
     assert "| backprop |  | 2 | 0.750 ± 0.071 |" in as_markdown(rows)
     assert "| 1.0 | 2.00 | 1.0 | 1.0 |" in as_markdown(rows, {"snli": 500_000})  # peak, x inference, up, down
-    assert "| backprop | 0.750 (2 seeds), 10, 1.0 |" in headline(rows)
+    assert "| backprop, all units, checkpointed | 0.750 (2); 10; 1.0 |" in headline(rows)
     plot_frontier(rows, tmp_path / "plot.png", {"snli": 500_000})
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_shows_the_best_of_an_estimators_settings() -> None:
+    settings = [
+        row("snli", "zeroth order", accuracy, dial=f"150 rounds{more}")
+        for accuracy, more in ((0.5, ""), (0.6, ", falling rate"), (0.4, ", rate 0.002"))
+    ]
+    assert "(FedMeZO) | 0.600; 10; 1.0 |" in headline([row("snli", "backprop", 0.8), *settings])
 
 
 def test_costs_at_equal_accuracy() -> None:
