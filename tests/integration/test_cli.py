@@ -72,6 +72,7 @@ def test_the_default_directory_is_numbered(
         (["model.name=./none"], "no such folder"),
         (["model.device=cuda:9"], "cannot be used here"),
         (["data.max_tokens=1000"], "the model reads at most 32 tokens"),
+        (["data.max_tokens=2"], "puts 2 tokens around a text: set 3 at least"),
         (["adapter.target_modules=['nope']"], "no module named ['nope']"),
         (["method.name=spry_guided", "adapter.target_modules=['query', 'word_embeddings']"], "word_embeddings' is an "),
         (["partition.kind=column", "partition.column=nope"], "no column 'nope'"),

@@ -221,8 +221,14 @@ def test_public_text(tiny_config: Callable[..., RunConfig], public: Path, tmp_pa
     rows = load_public_text(guide, data, 3, seed=0)
     assert set(rows[data.label_column]) == {0, 1, 2}
     assert len(rows) == 72
-    pairs = load_public_text(guide, data.model_copy(update={"text_columns": ("a", "b")}), 3, seed=0)
+    two = data.model_copy(update={"text_columns": ("a", "b")})
+    pairs = load_public_text(guide, two, 3, seed=0)
     assert len(pairs) == 36
+    written = tmp_path / "pairs.txt"
+    written.write_text("\ufeffone\u2028line\nits other\n" * 2, encoding="utf-8")  # a mark, and no end of a line
+    pairs = load_public_text(guide.model_copy(update={"text": str(written)}), two, 3, seed=0)
+    assert pairs["b"][:] == ["its other"] * 2
+    assert sorted(pairs["a"]) == ["one\u2028line", "\ufeffone\u2028line"]  # the second is within the text
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     for text, message in (

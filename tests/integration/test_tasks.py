@@ -201,7 +201,7 @@ def test_three_texts_and_f1(run: Callable[..., Any]) -> None:
         question = row["paragraph"], row["question"]
         right[question] = right.get(question, True) and answer == row["label"]
     assert 1 < len(right) < len(rows)
-    assert summary.metrics["exact_match"] == pytest.approx(sum(right.values()) / len(right))
+    assert summary.metrics["exact_match_by_question"] == pytest.approx(sum(right.values()) / len(right))
     assert "f1_by_question" in summary.metrics
     assert not (out / "samples.jsonl").exists()
 
@@ -319,7 +319,7 @@ def test_rows_that_cannot_be_read(
 def test_what_is_no_mean_over_clients_is_not_told_of_them() -> None:
     found = ClientsEvaluation(0.5, {"f1": 0.3, "exact_match": 0.2, "f1_answerable": 0.4, "best_null_threshold": 1.0})
     assert dict(_averaged(found, "f1").metrics) == {"f1": 0.3, "exact_match": 0.2}
-    found = ClientsEvaluation(0.5, {"accuracy": 0.3, "f1": 0.2})
+    found = ClientsEvaluation(0.5, {"accuracy": 0.3, "f1": 0.2, "exact_match_by_question": 0.1})
     assert dict(_averaged(found, "accuracy").metrics) == {"accuracy": 0.3}
 
 

@@ -98,8 +98,13 @@ def test_whole_questions_by_hand() -> None:
     questions = np.array([7, 7, 2, 2, 5, 5])
     found = question_scores(predictions, labels, questions)
     precision, recall = (1 + 1 / 2 + 1) / 3, 1.0
-    assert found == pytest.approx({"exact_match": 2 / 3, "f1_by_question": 2 * precision / (precision + recall)})
-    assert question_scores(1 - labels, labels, np.zeros(6, dtype=int)) == {"exact_match": 0, "f1_by_question": 0}
+    assert found == pytest.approx(
+        {"exact_match_by_question": 2 / 3, "f1_by_question": 2 * precision / (precision + recall)}
+    )
+    assert question_scores(1 - labels, labels, np.zeros(6, dtype=int)) == {
+        "exact_match_by_question": 0,
+        "f1_by_question": 0,
+    }
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=20))
@@ -111,6 +116,8 @@ def test_whole_questions_against_scikit_learn(rows: list[tuple[int, int, int]]) 
         for score in (precision_score, recall_score)
     )
     found = question_scores(predictions, labels, questions)
-    assert found["exact_match"] == pytest.approx(np.mean([(predictions[own] == labels[own]).all() for own in each]))
+    assert found["exact_match_by_question"] == pytest.approx(
+        np.mean([(predictions[own] == labels[own]).all() for own in each])
+    )
     if precision + recall > 0:
         assert found["f1_by_question"] == pytest.approx(2 * precision * recall / (precision + recall))

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationCastError
 
 from spryfl.config import DataConfig
 from spryfl.data.builtin import FOLDER
@@ -120,6 +121,27 @@ def test_parts_cut_off_train_hold_whole_questions(tmp_path: Path) -> None:
         assert not set(found.train["question"][:]) & set(found.test["question"][:])
 
 
+def test_what_is_not_chosen_in_silence(tmp_path: Path) -> None:
+    for name in ("train.csv", "valid.jsonl"):
+        write(tmp_path, name, ROWS)
+    config = DataConfig(name=str(tmp_path))
+    assert len(load_rows(config, 0).train) == len(ROWS)  # valid.jsonl is what is tested on
+    with pytest.raises(DataError, match=r"data\.subset = 'mnli': .* has none"):
+        load_rows(config.model_copy(update={"subset": "mnli"}), 0)
+    write(tmp_path, "train.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"both train\.csv and train\.jsonl in it: leave one"):
+        load_rows(config, 0)
+
+
+def test_a_hub_dataset_whose_files_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise DatasetGenerationCastError("All the data files must have the same columns")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(DataError, match=r"on the hub, but cannot be read: All the data files must"):
+        load_rows(DataConfig(name="someone/something"), 0)
+
+
 def test_a_hub_dataset_that_is_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("Dataset scripts are no longer supported, but found a.py")
@@ -150,7 +172,8 @@ def test_labels_may_be_text(tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "label": ("yes", "no", "maybe")[i % 3]} for i in range(20)]
     loaded = load_rows(DataConfig(name=str(write(tmp_path, "data.csv", rows))), 0)
     assert loaded.label_names == ("maybe", "no", "yes")
-    assert set(loaded.train["label"][:]) == {0, 1, 2}
+    both = zip(loaded.train["text"], loaded.train["label"], strict=True)
+    assert all(("maybe", "no", "yes")[label] == rows[int(text.split()[1])]["label"] for text, label in both)
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv"])

@@ -1,5 +1,6 @@
 """What clients' evaluations come to, by hand-sized numbers, and what they are asked."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -129,6 +130,14 @@ def test_a_client_without_held_out_rows_is_missing() -> None:
     assert nobody.score is None
 
 
+def test_an_infinite_perplexity_counts() -> None:
+    """Left out, it would make the mean better."""
+    answers = [ClientEvaluation(5, client, 2, 1.0, {"perplexity": own}) for client, own in ((0, 7.0), (1, math.inf))]
+    found = evaluate_generalized(FederatedState(5, {}), [0, 1], Hostile(*answers), "perplexity")
+    assert found.metrics == {"perplexity": math.inf}
+    assert (found.num_clients, found.lowest, found.highest, found.std) == (2, 7.0, math.inf, math.inf)
+
+
 class Hostile:
     """Answers whatever it is told to, and keeps what it was asked."""
 
@@ -149,6 +158,7 @@ class Hostile:
         ({"num_examples": 0}, "num_examples is 0"),
         ({"loss": float("nan")}, "its loss is nan"),
         ({"metrics": {"accuracy": float("inf")}}, "its accuracy is inf"),
+        ({"metrics": {"accuracy": 1.0, "perplexity": math.nan}}, "its perplexity is nan"),
         ({"metrics": {"accuracy": "1"}}, "its accuracy is '1'"),
         ({"metrics": {"f1": 1.0}}, "its evaluation has no accuracy"),
     ],

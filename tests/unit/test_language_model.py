@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -82,6 +83,16 @@ def test_rows_that_cannot_be_written(texts: list[str], limit: int, message: str)
     data = DATA.model_copy(update={"max_tokens": limit, "text_columns": ("text",) if alone else ("text", "answer")})
     with pytest.raises(DataError, match=message):
         tokenize_texts(rows, data, TaskConfig(kind="language_model") if alone else TASK, TOKENIZER)
+
+
+def test_a_sample_stays_within_what_the_model_reads() -> None:
+    """Also after a prompt that fills its positions, of which OPT has no more."""
+    model, tokenizer = build("opt", task="language_model"), byte_tokenizer()
+    tokenizer.model_max_length = limit = model.config.max_position_embeddings
+    task, long = LanguageModel(tokenizer, torch.device("cpu")), [5] * limit
+    (sample,) = task.samples(model, Examples([{"input_ids": long}], np.array([limit - 2])), [0])
+    assert sample["prompt"] == tokenizer.decode(long[:-2])
+    assert len(tokenizer(sample["written"])["input_ids"]) <= 2
 
 
 def lm_batch() -> Batch:

@@ -126,5 +126,7 @@ def test_natural_partition() -> None:
     config = PartitionConfig(kind="column", column="who", min_examples=1)
     partition = partition_rows(config, np.zeros(5), ["b", "a", "b", "c", "a"], 0)
     assert [rows.tolist() for rows in partition] == [[1, 4], [0, 2], [3]]
+    with pytest.raises(DataError, match="row 1 of those trained on has no value"):
+        partition_rows(config, np.zeros(3), ["a", None, "None"], 0)
     with pytest.raises(DataError, match=r"c \(1\)"):
         partition_rows(config.model_copy(update={"min_examples": 2}), np.zeros(5), ["b", "a", "b", "c", "a"], 0)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from families import autograd_gradient, build, padded_batch, trainable
 from prompted import byte_tokenizer
 from spryfl.config import DataConfig, TaskConfig
+from spryfl.data.checks import check_columns
 from spryfl.data.question_answering import QuestionAnswering, best_span
 from spryfl.data.windows import tokenize_questions
 from spryfl.errors import DataError
@@ -104,6 +105,25 @@ def test_spaces_around_an_answer_are_no_part_of_it(answer: str) -> None:
     model.forward = lambda **_: SimpleNamespace(start_logits=logits[0], end_logits=logits[1])
     (sample,) = task_of(tokenizer).samples(model, windows, [0])
     assert sample["written"] == answer.strip()
+
+
+def test_an_answer_at_the_edge_may_begin_with_what_no_token_holds(tokenizer: Any) -> None:
+    """A space of no width, of which BERT's tokenizer leaves nothing."""
+    context = f"\u200b{CONTEXT}"
+    asked = {
+        "question": ["the film"],
+        "context": [context],
+        "answers": [{"text": ["\u200bthe film"], "answer_start": [0]}],
+    }
+    windows = tokenize_questions(Dataset.from_dict(asked), DATA, TASK, tokenizer)
+    assert [tuple(label) for label in windows.labels] == [(4, 5), (0, 0), (0, 0)]
+
+
+def test_an_empty_answer() -> None:
+    answers = [{"text": [" "], "answer_start": [3]}]
+    given = Dataset.from_dict({"question": ["film"], "context": [CONTEXT], "answers": answers})
+    with pytest.raises(DataError, match="train row 0: an answer is empty"):
+        check_columns(given, "train", DATA, TASK)
 
 
 def test_a_question_that_leaves_no_room(tokenizer: Any) -> None:

@@ -76,7 +76,7 @@ def with_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
 
 def _read_toml(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark first
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. {remedy}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

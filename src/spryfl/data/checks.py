@@ -21,6 +21,11 @@ def check_columns(rows: Dataset, split: str, config: DataConfig, task: TaskConfi
                 f"data.{key}: split {split} has no column '{column}'.{nearest(column, rows.column_names)} "
                 f"It has {rows.column_names}"
             )
+    if config.label_column in config.text_columns and labels:
+        raise DataError(
+            f"data.text_columns holds data.label_column '{config.label_column}': it would be read and predicted; take "
+            "it out"
+        )
     for column in config.text_columns:
         # Read by column, so that a number or a null among the texts is named by its row.
         for index, value in enumerate(rows[column]):
@@ -65,7 +70,12 @@ def _check_answers(rows: Dataset, split: str, config: DataConfig, task: TaskConf
         if not context.strip():
             raise DataError(f"{split} row {index}, column '{context_column}' is empty: drop the row")
         for text, start in zip(texts, starts, strict=True):
-            if not text.strip() or start < 0 or context[start : start + len(text)] != text:
+            if not text.strip():
+                raise DataError(
+                    f"{split} row {index}: an answer is empty: mend it, or leave it out (no answers mean that there is "
+                    "none)"
+                )
+            if start < 0 or context[start : start + len(text)] != text:
                 found = context[max(start, 0) : max(start, 0) + len(text)]
                 raise DataError(
                     f"{split} row {index}: the answer {text[:40]!r} is not at character {start} of its context, where "

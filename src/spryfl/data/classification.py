@@ -58,9 +58,14 @@ def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:
     group.
 
     Raises:
-        DataError: `max_tokens` exceeds what the model can read, or a row has no token.
+        DataError: `max_tokens` exceeds what the model can read or leaves no room for text, or a row has no token.
     """
     limit = token_limit(config, tokenizer)
+    special = tokenizer.num_special_tokens_to_add(pair=len(config.text_columns) > 1)
+    if limit <= special:  # tokenizers do not truncate then
+        raise DataError(
+            f"data.max_tokens = {limit}: the tokenizer puts {special} tokens around a text: set {special + 1} at least"
+        )
     texts = [list(rows[column]) for column in config.text_columns]
     groups = numbered(zip(texts[0], texts[1], strict=True)) if len(texts) == 3 else None
     if len(texts) == 3:

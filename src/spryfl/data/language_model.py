@@ -92,7 +92,7 @@ class LanguageModel:
         begin = begin if begin > 1 else min(OPENING_TOKENS, len(ids) - 1)
         given = torch.tensor([ids[:begin]], device=self.device)
         settings = GenerationConfig(
-            max_new_tokens=SAMPLE_TOKENS,
+            max_new_tokens=min(SAMPLE_TOKENS, self.tokenizer.model_max_length - begin),  # what the model can read
             do_sample=False,
             use_cache=True,
             pad_token_id=self.tokenizer.pad_token_id,

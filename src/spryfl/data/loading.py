@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset, DatasetDict
 from datasets.utils.logging import (
     CRITICAL,
     disable_progress_bar,
@@ -24,6 +23,7 @@ from spryfl.config import WITH_CLASSES, DataConfig, TaskConfig
 from spryfl.data.builtin import PREFIX, find_dataset
 from spryfl.data.checks import check_columns
 from spryfl.data.examples import numbered
+from spryfl.data.labels import numbered_as, with_class_numbers
 from spryfl.errors import DataError, nearest
 
 # The readers, not load_dataset("csv", ..): that one tells the hub's servers that a file was loaded.
@@ -36,9 +36,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
     ".json": Dataset.from_json,
 }
 CLASSIFICATION = TaskConfig()
-UNLABELLED = (None, -1)
-"""What stands where a row has no label."""
-TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
+TEST_SPLITS = ("test", "validation", "valid", "val", "validation_matched", "dev")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def load_rows(config: DataConfig, seed: int, task: TaskConfig = CLASSIFICATION) 
         for split, rows in used.items():  # before any row is cut off, so that rows are named as they stand there
             check_columns(rows, split, config, task)
         if task.kind in WITH_CLASSES:
-            used, names = _with_class_numbers(used, config)
+            used, names = with_class_numbers(used, config)
         # An official score of whole questions needs all answers to each: rows of three texts come by the first two.
         whole = config.text_columns[:2] if task.kind == "classification" and len(config.text_columns) == 3 else ()
         train, test = _train_and_test(used, config, seed, whole)
@@ -103,26 +101,15 @@ def load_own_rows(config: DataConfig, label_names: Sequence[str], task: TaskConf
         check_columns(train, "train", config, task)
     if task.kind not in WITH_CLASSES:
         return Rows(train, train.select([]))
-    number = {name: index for index, name in enumerate(label_names)}
-    feature = train.features[config.label_column]
-    own = feature.names if isinstance(feature, ClassLabel) else None  # numbers in the file's own order
-    labels = [
-        number.get(str(label) if own is None or label is None or not 0 <= label < len(own) else own[label], -1)
-        for label in train[config.label_column][:]
-    ]
-    labelled = _labelled(train[config.label_column][:], config)
-    row = next((row for row in labelled if labels[row] == -1), None)
-    if row is not None:
-        raise DataError(
-            f"data.label_column '{config.label_column}': row {row} has the label {train[config.label_column][row]!r}, "
-            f"which is none of the server's: {', '.join(label_names)}"
-        )
-    train = train.remove_columns(config.label_column).add_column(config.label_column, labels).select(labelled)
+    train = numbered_as(train, label_names, config)
     return Rows(train, train.select([]), tuple(label_names))
 
 
 def load_splits(config: DataConfig) -> Mapping[str, Dataset]:
     """The splits of a dataset by name, unchecked: built-in, a file or folder, or from the hub."""
+    path = Path(config.name).expanduser()
+    if config.subset is not None and (config.name.startswith(PREFIX) or path.exists()):
+        raise DataError(f"data.subset = '{config.subset}': '{config.name}' has none, as hub datasets may: leave it out")
     if config.name.startswith(PREFIX):
         builtin = find_dataset(config.name)
         splits = _read_files(builtin.files, config)
@@ -131,11 +118,16 @@ def load_splits(config: DataConfig) -> Mapping[str, Dataset]:
         return {
             split: rows.filter(lambda d: d == builtin.domain, input_columns="domain") for split, rows in splits.items()
         }
-    path = Path(config.name).expanduser()
     if path.is_file():
         return _read_files({"train": path}, config)
     if path.is_dir():
-        files = {f.stem: f for f in sorted(path.iterdir()) if f.suffix in READERS}
+        found = [file for file in sorted(path.iterdir()) if file.suffix in READERS]
+        files = {file.stem: file for file in found}
+        twice = [file.name for file in found if file != files[file.stem]]
+        if twice:
+            raise DataError(
+                f"data.name = '{config.name}': both {twice[0]} and {files[Path(twice[0]).stem].name} in it: leave one"
+            )
         if "train" not in files:
             raise DataError(
                 f"data.name = '{config.name}': no train.parquet, train.csv or train.jsonl in it; "
@@ -176,7 +168,12 @@ def _from_hub(config: DataConfig) -> Mapping[str, Dataset]:
         raise DataError(
             f"data.name = '{config.name}': {' '.join(str(error).split())[:200]}: use a copy of it in Parquet"
         ) from error
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (datasets.exceptions.DatasetBuildError, datasets.exceptions.SplitsVerificationError) as error:
+        cause = error.__cause__ or error
+        raise DataError(
+            f"data.name = '{config.name}': it is on the hub, but cannot be read: {' '.join(str(cause).split())[:200]}"
+        ) from error
+    except (OSError, ValueError) as error:
         raise DataError(
             f"data.name = '{config.name}': no local file, and not on the hub or the hub cannot be reached: "
             f"check the name, give a local file, or use builtin:movie_reviews ({' '.join(str(error).split())[:120]})"
@@ -222,76 +219,6 @@ def _cut(
     if len(chosen) == 0:
         raise DataError(f"data.name = '{config.name}': {len(rows)} rows are too few to cut {fraction:.0%} of them off")
     return rows.select(np.setdiff1d(np.arange(len(rows)), chosen)), rows.select(chosen)
-
-
-def _with_class_numbers(
-    splits: Mapping[str, Dataset], config: DataConfig
-) -> tuple[dict[str, Dataset], tuple[str, ...]]:
-    """Labels as numbers from 0; text labels are numbered in alphabetical order."""
-    column = config.label_column
-    labels = {split: list(rows[column][:]) for split, rows in splits.items()}
-    names = _class_names(labels["train"], splits["train"].features[column], column)
-    number: dict[Any, int] = {name: index for index, name in enumerate(names)}
-    number |= {index: index for index in range(len(names))} if not isinstance(labels["train"][0], str) else {}
-    numbered = {}
-    for split, rows in splits.items():
-        found = [number.get(label, -1) for label in labels[split]]
-        labelled = _labelled(labels[split], config)
-        wrong = [row for row in labelled if found[row] < 0]
-        if wrong:
-            first = labels[split][wrong[0]]
-            kind = "no label" if first in UNLABELLED else "a label that train has not"
-            remedy = "Drop or mend those rows"
-            if first in UNLABELLED:
-                remedy += ", or set data.drop_unlabelled = true"
-            if split == "test" and len(wrong) == len(rows):  # as benchmarks that keep their answers have it
-                remedy = "Its labels seem to be withheld: set data.test_split = 'validation'"
-            raise DataError(
-                f"data.label_column '{column}': {len(wrong)} of {len(rows)} {split} rows have {kind}, first "
-                f"row {wrong[0]} with {first!r}; labels are {_shown(names)}. {remedy}"
-            )
-        numbered[split] = rows.remove_columns(column).add_column(column, found).select(labelled)
-    if len(set(numbered["train"][column][:])) < 2:
-        raise DataError(f"data.label_column '{column}': all train rows have the same label; nothing can be learned")
-    return numbered, names
-
-
-def _labelled(labels: Sequence[Any], config: DataConfig) -> Sequence[int]:
-    """Numbers of the rows that are used: all, unless those without a label are dropped and that leaves any."""
-    kept = [row for row, label in enumerate(labels) if label not in UNLABELLED] if config.drop_unlabelled else []
-    return range(len(labels)) if len(kept) in (0, len(labels)) else kept
-
-
-def _class_names(labels: Sequence[Any], feature: Any, column: str) -> tuple[str, ...]:
-    """One a class, in the order of their numbers: those that the file gives, or what train's labels are."""
-    if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
-    unfit = next((row for row, label in enumerate(labels) if isinstance(label, list | dict)), None)
-    if unfit is not None:
-        kind = type(labels[unfit]).__name__
-        raise DataError(
-            f"data.label_column '{column}': train row {unfit} holds a {kind}, which is no class: "
-            "choose a column of classes, or set task.kind = 'qa' if these are answers"
-        )
-    given = {label for label in labels if label is not None}
-    if all(isinstance(label, str) for label in given):
-        return tuple(sorted(given))
-    if not all(isinstance(label, int) for label in given):
-        row = next(row for row, label in enumerate(labels) if label is not None and not isinstance(label, int))
-        raise DataError(
-            f"data.label_column '{column}': train row {row} has the label {labels[row]!r}, which is no class: classes "
-            "are whole numbers from 0, or text"
-        )
-    if given and min(given) > 0:
-        raise DataError(
-            f"data.label_column '{column}': train's labels begin at {min(given)}; number classes from 0, or name them "
-            "by text"
-        )
-    return tuple(str(number) for number in range(max(given, default=-1) + 1))
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _at_most(rows: Dataset, limit: int | None, seed: int, together: Sequence[str] = ()) -> Dataset:

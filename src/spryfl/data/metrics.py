@@ -71,7 +71,7 @@ def question_scores(predictions: np.ndarray, labels: np.ndarray, questions: np.n
         questions: (answers,) the number of the question each was given to.
 
     Returns:
-        `exact_match`, the share of questions with every answer judged right; `f1_by_question` (F1m), the harmonic mean
+        `exact_match_by_question`, the share with every answer judged right; `f1_by_question` (F1m), the harmonic mean
         of precision and recall, each the mean over questions, 1 in one that has nothing to be precise about or recall.
     """
     places = np.unique(questions, return_inverse=True)[1]
@@ -82,7 +82,7 @@ def question_scores(predictions: np.ndarray, labels: np.ndarray, questions: np.n
         float(np.divide(found, own, out=np.ones_like(found), where=own > 0).mean()) for own in (given, golden)
     )
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return {"exact_match": float((wrong == 0).mean()), "f1_by_question": f1}
+    return {"exact_match_by_question": float((wrong == 0).mean()), "f1_by_question": f1}
 
 
 def binary_f1(predictions: np.ndarray, labels: np.ndarray) -> float:

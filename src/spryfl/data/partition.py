@@ -114,6 +114,12 @@ def _by_column(
 ) -> Partition:
     """One client for each value of a column, in sorted order: a natural partition."""
     assert column is not None
+    empty = next((row for row, value in enumerate(column) if value is None), None)
+    if empty is not None:
+        raise DataError(
+            f"partition.column = '{config.column}': row {empty} of those trained on has no value, so no client: drop "
+            "it, or give it one"
+        )
     values = np.array([str(value) for value in column])
     names, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     small = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < config.min_examples]

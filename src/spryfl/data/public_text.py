@@ -40,10 +40,10 @@ def _lines(path: Path, num_columns: int) -> list[list[str]]:
     if not path.is_file():
         raise DataError(f"guide.text = '{path}': no such file (looked in {Path.cwd()})")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"guide.text = '{path}': byte {error.start} is not UTF-8: save the file as UTF-8") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     return [lines[number::num_columns] for number in range(num_columns)]
 
 

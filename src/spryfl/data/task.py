@@ -17,6 +17,7 @@ NOT_AVERAGED = frozenset(
     {
         "f1",
         "f1_by_question",
+        "exact_match_by_question",
         "f1_answerable",
         "f1_unanswerable",
         "best_f1",

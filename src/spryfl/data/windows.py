@@ -77,6 +77,8 @@ class _Window:
     encoding: dict[str, list[int]]
     spans: np.ndarray
     null: int
+    first: bool
+    last: bool
 
 
 def _windows(
@@ -116,11 +118,15 @@ def _windows(
                 encoding = {name: [*ids, added.get(name, 0)] for name, ids in encoding.items()}
                 spans = [*spans, (0, 0)]
             null = len(spans) - 1 if ends else encoding["input_ids"].index(tokenizer.cls_token_id)
-            yield source, _Window(encoding, np.array(spans, dtype=np.int32), null)
+            first, last = number == 0, number == len(encoded["offset_mapping"]) - 1
+            yield source, _Window(encoding, np.array(spans, dtype=np.int32), null, first, last)
 
 
 def _label(window: _Window, begin: int, answer: str) -> tuple[int, int]:
-    """The first and last token of an answer that begins at a character; the null token where not all of it is here."""
+    """The first and last token of an answer that begins at a character; the null token where not all of it is here.
+
+    Characters at the context's very edges that no token holds are missing in no window.
+    """
     none = window.null, window.null
     if begin < 0:
         return none
@@ -129,6 +135,8 @@ def _label(window: _Window, begin: int, answer: str) -> tuple[int, int]:
     firsts, lasts = window.spans.T
     inside = np.flatnonzero(lasts > firsts)
     touched = np.flatnonzero((lasts > start) & (firsts < stop))
-    if len(touched) == 0 or firsts[inside[0]] > start or lasts[inside[-1]] < stop:
+    cut_before = not window.first and firsts[inside[0]] > start
+    cut_after = not window.last and lasts[inside[-1]] < stop
+    if len(touched) == 0 or cut_before or cut_after:
         return none
     return int(touched[0]), int(touched[-1])

@@ -148,7 +148,7 @@ def _summarize(
             name: float(np.average([evaluation.metrics[name] for evaluation in ordered], weights=weights))
             for name in common
         },
-        std=float(main.std()),
+        std=float(main.std()) if np.isfinite(main).all() else np.inf,
         lowest=float(main.min()),
         highest=float(main.max()),
         num_clients=len(ordered),

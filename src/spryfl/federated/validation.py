@@ -10,6 +10,8 @@ from spryfl.errors import UpdateRefusedError
 from spryfl.federated.messages import ClientEvaluation, ClientTask, ClientUpdate, EvaluationTask
 
 MAX_EXAMPLES = 2**40
+UNBOUNDED = frozenset({"perplexity"})
+"""Metrics that are infinite where a model is bad enough: to refuse them would make the mean over clients better."""
 
 
 def validate_update(
@@ -63,7 +65,7 @@ def validate_evaluation(evaluation: ClientEvaluation, task: EvaluationTask | Non
     if not isinstance(evaluation.metrics, Mapping) or metric not in evaluation.metrics:
         raise UpdateRefusedError(f"its evaluation has no {metric}")
     for name, value in {"loss": evaluation.loss, **evaluation.metrics}.items():
-        if not isinstance(value, float) or not math.isfinite(value):
+        if not isinstance(value, float) or not (math.isfinite(value) or (name in UNBOUNDED and value == math.inf)):
             raise UpdateRefusedError(f"its {name} is {value!r}")
 
 
