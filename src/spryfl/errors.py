@@ -1,5 +1,6 @@
 """The exception tree. A message says what is wrong, which value, why, and the remedy."""
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -34,6 +35,11 @@ class UpdateRefusedError(SpryError):
 
 class DeadlineError(SpryError):
     """A client did not finish a task in the time it was given."""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether the system says that nothing more can be written."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

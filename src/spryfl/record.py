@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 from spryfl.config import RunConfig
@@ -134,6 +135,7 @@ def summarize(bench: Workbench, label: str, events: Sequence[RoundEvent], direct
         num_refused=sum(len(event.refused) for event in rounds),
         num_late=sum(len(event.late) for event in rounds),
         run_directory=str(directory.path),
+        date=date.today().isoformat(),
     )
 
 

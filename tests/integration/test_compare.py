@@ -1,11 +1,14 @@
 """Whole suites with a tiny model: resuming, searching, failing, reporting."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,8 @@ from spryfl.compare.checking import check_cells
 from spryfl.compare.results import ResultRow
 from spryfl.compare.running import compare
 from spryfl.compare.search import read_outcome, spread_point
-from spryfl.config import MethodEntry, SuiteConfig
+from spryfl.compare.search import search as perform_search
+from spryfl.config import MethodEntry, RunConfig, SuiteConfig
 from spryfl.errors import SpryError
 from spryfl.run import hold_to
 from spryfl.tracking.events import RoundEvent, Summary
@@ -160,7 +164,7 @@ def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(
     plain.folder(cell).mkdir(parents=True)
     hold_to(RunDirectory(plain.folder(cell)), plain.run_config(cell))
     searched = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search}), plain.out)
-    with pytest.raises(SpryError, match="a run whose settings were not searched"):
+    with pytest.raises(SpryError, match="a run, but its search is not there"):
         check_cells(searched, searched.cells())
 
     # A search of before there was some key goes on as one with that key's default.
@@ -173,6 +177,43 @@ def test_every_method_has_the_same_trials_and_a_stopped_search_goes_on(
     changed = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search | {"trials": 3}}), whole.out)
     with pytest.raises(SpryError, match=r"search of other settings \(trials differ\)"):
         compare(changed, changed.cells())
+
+
+def test_an_estimator_draws_where_scores_are_better(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After points that are spread, of which the smallest rates did best: no training, its score is its rate's."""
+
+    def score(config: RunConfig, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(metric="accuracy", score=-abs(math.log(config.server.learning_rate / 1e-3)))
+
+    monkeypatch.setattr("spryfl.compare.search.run_in", score)
+    search = {"trials": 30, "rounds": 1, "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
+    suite = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search}), tmp_path / "out")
+    rates = [t.settings["server.learning_rate"] for t in perform_search(suite, suite.cells()[0], []).trials]
+    spread, drawn = rates[:15], rates[15:]
+    assert median(drawn) < median(spread) / 4
+
+
+def test_trials_that_never_trained_do_not_count(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search goes on once what kept it from training is mended."""
+
+    def fail(*_: object) -> None:
+        raise SpryError("the hub cannot be reached")
+
+    search = {"trials": 2, "rounds": 1, "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
+    suite = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search}), tmp_path / "out")
+    cells = chosen_cells(suite.cells(), ["spry"])
+    with monkeypatch.context() as broken:
+        broken.setattr("spryfl.compare.search.run_in", fail)
+        with pytest.raises(SpryError, match=r"spry/0 failed: the hub cannot be reached"):
+            compare(suite, cells)
+    assert compare(suite, cells)[0].search_trials == 2
+    outcome = read_outcome(suite, cells[0])
+    assert outcome is not None
+    assert [trial.failure for trial in outcome.trials] == [None, None]
 
 
 def test_one_search_serves_the_datasets_tuned_on_its_own(table: dict[str, Any], tmp_path: Path) -> None:
@@ -210,18 +251,42 @@ def test_a_run_that_fails_does_not_stop_the_others(table: dict[str, Any], tmp_pa
     with pytest.raises(SpryError, match=r"^reviews/tight/0 failed: method.budget = 9 bytes"):
         compare(suite, suite.cells())
     assert [row["variant"] for row in parquet.read_table(suite.out / "results.parquet").to_pylist()] == ["spry"]
+    assert "\nFailed: reviews/tight/0: method.budget = 9 bytes" in (suite.out / "report.md").read_text()
+    mended = replace(suite, config=SuiteConfig.model_validate(table | {"seeds": [0]}))
+    mended.folder(mended.cells()[1]).mkdir(parents=True)
+    RunDirectory(mended.folder(mended.cells()[1])).write_failure("of another time")
+    compare(mended, mended.cells())
+    assert "Failed" not in (suite.out / "report.md").read_text()
+
+
+def test_a_run_of_another_version_is_told_by_its_file(table: dict[str, Any], tmp_path: Path) -> None:
+    suite = Suite(SuiteConfig.model_validate(table | {"seeds": [0]}), tmp_path / "out")
+    compare(suite, suite.cells())
+    directory = RunDirectory(suite.folder(suite.cells()[0]))
+    for file, change, message in (
+        (directory.summary_file, lambda text: text.replace('"rounds"', '"rounds_of_old"'), "another version"),
+        (directory.summary_file, lambda text: text[:20], "another version"),
+        (directory.events_file, lambda text: text.replace('"round"', '"turn"'), "another version"),
+        (directory.config_file, lambda text: text.replace("seed", "sead"), "unknown key 'sead'"),
+    ):
+        written = file.read_text()
+        file.write_text(change(written))
+        with pytest.raises(SpryError, match=message) as caught:
+            compare(suite, suite.cells())
+        assert str(file) in str(caught.value)
+        file.write_text(written)
 
 
 def test_what_no_one_foresaw_ends_its_own_run_alone(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise IndexError("index out of range in self")
+        raise KeyError("index out of range in self")
 
     config = SuiteConfig.model_validate(table | {"seeds": [0]})
     suite, first = Suite(config, tmp_path / "out"), Watcher()
     first.started = fail  # type: ignore[method-assign]
-    with pytest.raises(SpryError, match=r"spry/0 failed: IndexError: index .*; reviews/fedyogi/0 failed: IndexError"):
+    with pytest.raises(SpryError, match=r"spry/0 failed: KeyError: .*; reviews/fedyogi/0 failed: KeyError"):
         compare(suite, suite.cells(), [first])
     assert len(compare(suite, suite.cells())) == 2
 
@@ -240,6 +305,11 @@ def test_two_processes_do_not_write_over_each_other(
     monkeypatch.setattr("spryfl.compare.running.REPORT_SECONDS", 0)
     with held(suite.out), pytest.raises(SpryError, match="another process is at work there"):
         compare(suite, suite.cells())
+    other = Suite(suite.config, tmp_path / "other")
+    other.out.mkdir()
+    with held(other.out), pytest.raises(SpryError, match="another process is at work there"):
+        compare(other, other.cells())
+    assert all(other.is_finished(cell) for cell in other.cells())  # the report alone is left
 
 
 def test_a_search_that_was_killed_while_writing_goes_on(

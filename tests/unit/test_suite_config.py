@@ -1,5 +1,6 @@
 """A suite's file: what it means, and every mistake in it with its remedy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,26 @@ def test_a_cell_is_base_then_dataset_then_method_then_seed(tmp_path: Path) -> No
     assert (spry.method.name, spry.label, spry.seed) == ("spry", "Spry", 1)
     assert (spry.data.max_tokens, spry.server.num_rounds, spry.partition.alpha) == (32, 4, 0.1)
     assert (adam.method.name, adam.server.optimizer, adam.data.max_tokens) == ("fedyogi", "adam", 8)
+
+
+def test_tables_of_a_set_are_as_dotted_keys(tmp_path: Path) -> None:
+    """They leave the base's other keys, and other cells, as they are."""
+    datasets = [{"name": "reviews", "set": {"server": {"num_rounds": 3}}}, {"name": "long"}]
+    methods = [{"name": "spry", "set": {"server.cohort_size": 5}}, {"name": "fedyogi"}]
+    suite = read(tmp_path, base={"server": {"learning_rate": 0.5}}, dataset=datasets, method=methods)
+    found = {cell.name: suite.run_config(cell).server for cell in suite.cells()}
+    assert {server.learning_rate for server in found.values()} == {0.5}
+    assert (found["reviews/spry/1"].num_rounds, found["reviews/spry/1"].cohort_size) == (3, 5)
+    assert found["reviews/fedyogi/1"].cohort_size == found["long/fedyogi/1"].cohort_size != 5
+    assert found["long/spry/1"].num_rounds != 3
+
+
+def test_a_datasets_name_may_be_that_of_its_data(tmp_path: Path) -> None:
+    suite = read(tmp_path)
+    (tmp_path / "data" / "reviews").mkdir(parents=True)
+    below = replace(suite, data=tmp_path / "data")
+    names = {cell.dataset.name: below.run_config(cell).data.name for cell in below.cells()}
+    assert names == {"reviews": str(tmp_path / "data" / "reviews"), "long": "builtin:movie_reviews"}
 
 
 def test_the_first_seed_of_everything_comes_first_and_the_cheapest_of_it(tmp_path: Path) -> None:
@@ -109,6 +130,11 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
             {"search": {}, "dataset": [{"name": "a"}, {"name": "b", "tuned_on": "a", "search_rounds": 3}]},
             "dataset 'b' has search_rounds, but no search of its own: leave that out, or leave tuned_on out",
         ),
+        ({"method": [{"name": "fedyogy"}]}, "'fedyogy' is no method's name. Did you mean 'fedyogi'"),
+        (
+            {"search": {"space": {"server.num_rounds": {"choices": [1, 2]}, "seed": {"choices": [7]}}}},
+            "search.space has seed, server.num_rounds, which the suite sets itself",
+        ),
         ({"search": {"space": {"server.tau": {"low": 2, "high": 1}}}}, "low = 2 is not below high = 1"),
         ({"search": {"space": {"server.tau": {"low": 0, "high": 1}}}}, "a log scale begins above 0"),
         ({"search": {"space": {"server.tau": {"low": 1}}}}, "give low and high, or choices"),
@@ -119,7 +145,7 @@ def test_overrides_change_what_all_runs_share(tmp_path: Path) -> None:
         (
             {
                 "search": {"space": {"server.tau": {"low": 1, "high": 2}}},
-                "method": [{"name": "spry", "set": {"server.tau": 1.5}}],
+                "method": [{"name": "spry", "set": {"server": {"tau": 1.5}}}],
             },
             "method 'spry': set has server.tau, which the search draws anew: leave it out, or give the method space",
         ),

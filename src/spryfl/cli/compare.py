@@ -44,7 +44,9 @@ def compare(
         with console:
             rows = perform(work, cells, [console, Interruption()], console.tell)
     except KeyboardInterrupt:
-        print(f"Stopped; {work.out}/report.html has what is done. Go on with the same command", file=sys.stderr)
+        report = work.out / "report.html"
+        told = f"; {report} has what is done" if report.exists() else ""
+        print(f"Stopped{told}. Go on with the same command", file=sys.stderr)
         raise typer.Exit(EXIT_CODE) from None
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))

@@ -1,6 +1,5 @@
 """`spry`: the commands, and how errors reach the user."""
 
-import errno
 import sys
 from typing import Annotated, NoReturn
 
@@ -16,7 +15,7 @@ from spryfl.cli.plan import plan
 from spryfl.cli.quantize import quantize
 from spryfl.cli.run import run
 from spryfl.cli.status import status
-from spryfl.errors import SpryError
+from spryfl.errors import SpryError, is_full_disk
 
 app = typer.Typer(
     help="Federated finetuning of language models on machines that can afford inference, not training.",
@@ -62,8 +61,11 @@ def main() -> NoReturn:
     except SpryError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            fail(f"no space left on disk ({error.filename or 'while writing'}): free some, then go on with --resume")
+        if is_full_disk(error):
+            fail(
+                f"no space left on disk ({error.filename or 'while writing'}): free some, then go on with spry run "
+                "--resume, or with the same spry compare"
+            )
         fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     sys.exit(0)
 

@@ -38,7 +38,7 @@ def _lines(found: "RunStatus") -> list[tuple[str, str]]:
     rows = [
         ("run", f"{found.method}{''.join(f', {part}' for part in measured)}"),
         ("rounds", f"{rounds}, {found.seconds:.0f} s"),
-        ("clients", f"{len(found.clients)} of {found.num_clients} seen"),
+        ("clients", f"{len(found.clients)}{f' of {found.num_clients}' if found.num_clients else ''} seen"),
         ("updates", f"{found.num_updates} used; {found.num_late} late"),
         ("failures", failures),
         ("bytes", f"up {decimal(found.bytes_up)} ({per_update} an update), down {decimal(found.bytes_down)}"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spryfl.config import DatasetEntry, MethodEntry, RunConfig, SuiteConfig, parse_config, with_overrides
+from spryfl.config.part import flattened
 from spryfl.errors import ConfigError, SpryError, nearest
 from spryfl.federated.method import METHODS
 from spryfl.run import with_absolute_paths
@@ -90,6 +91,9 @@ class Suite:
         if self.config.search is not None:
             own["data.test_seed"] = self.config.search.seed
         own |= cell.dataset.set | cell.method.settings
+        named = self.data is not None and (self.data / cell.dataset.name).exists()
+        if named and "data.name" not in flattened(self.config.base) | own:
+            own["data.name"] = cell.dataset.name
         config = parse_config(with_overrides(self.config.base, own | dict(more or {})))
         return with_absolute_paths(_looked_up(config, self.data))
 

@@ -99,7 +99,7 @@ def _require_going_on(suite: Suite, cell: Cell) -> None:
         return
     if suite.config.search is not None and outcome is None:
         raise RunDirectoryError(
-            f"{directory.path} holds a run whose settings were not searched, and the suite has a [search]: choose "
+            f"{directory.path} holds a run, but its search is not there, and the suite has a [search]: choose "
             "another --out, or remove that folder to run it anew"
         )
     require_same(directory, suite.run_config(cell, None if outcome is None else outcome.settings))

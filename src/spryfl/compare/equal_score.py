@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 
 from spryfl.compare.results import Reached, Result, reached
 from spryfl.compare.tables import Table, number
@@ -21,7 +22,10 @@ BySeed = Mapping[int, Result]
 
 @dataclass(frozen=True)
 class AtBest:
-    """A method at its best evaluation on one dataset, seed by seed; the one before training counts too."""
+    """A method at its best evaluation on one dataset, seed by seed; the one before training counts too.
+
+    Seeds without an evaluation that is a number are left out.
+    """
 
     scores: Mapping[int, float]
     reached: Mapping[int, Reached]
@@ -29,7 +33,7 @@ class AtBest:
     @classmethod
     def of(cls, runs: BySeed) -> "AtBest":
         """From its runs."""
-        scores = {seed: _best(result) for seed, result in runs.items()}
+        scores = {seed: best for seed, result in runs.items() if (best := _best(result)) is not None}
         return cls(scores, {seed: _reached(runs[seed], score) for seed, score in scores.items()})
 
 
@@ -75,6 +79,8 @@ def equal_score_table(results: Sequence[Result], contenders: Sequence[str]) -> T
     lines = []
     for label, own in runs.items():
         best = AtBest.of(own)
+        if not best.scores:
+            continue
         seconds = [at.client_cpu_seconds for at in best.reached.values()]
         cells = [interval(list(best.scores.values())).shown(), number(interval(seconds).mean)]
         for contender in present:
@@ -84,8 +90,10 @@ def equal_score_table(results: Sequence[Result], contenders: Sequence[str]) -> T
     return Table(["method", "its best", "client CPU (s)", *told], lines) if present else None
 
 
-def _best(result: Result) -> float:
-    scores = [event.score for event in result.events if event.score is not None]
+def _best(result: Result) -> float | None:
+    scores = [event.score for event in result.events if event.score is not None and not isnan(event.score)]
+    if not scores:
+        return None
     return min(scores) if result.row.metric in LOWER_IS_BETTER else max(scores)
 
 

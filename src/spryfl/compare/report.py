@@ -20,7 +20,7 @@ from spryfl.compare.results import Result, ResultRow, read_results, write_parque
 from spryfl.compare.summary import summary_table
 from spryfl.compare.tables import Table, metrics_table, note, overview_tables, results_table, search_table, target_table
 from spryfl.config import SearchConfig, SuiteConfig
-from spryfl.tracking.run_directory import write_atomically
+from spryfl.tracking.run_directory import RunDirectory, write_atomically
 
 STYLE = (
     "body{font-family:sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -71,7 +71,7 @@ def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:
     shown = {method.name: method.shown for method in suite.config.method}
     reference = None if suite.config.reference is None else shown[suite.config.reference]
     contenders = [shown[name] for name in suite.config.contenders]
-    sections = [Section("", [_told_of_runs(suite, rows), f"Made by: {suite.command}"])]
+    sections = [Section("", [_told_of_runs(suite, rows), *_told_of_failures(suite), f"Made by: {suite.command}"])]
     if len({row.dataset for row in rows}) > 1:
         glance: list[Block] = []
         for heading, table in overview_tables(rows):
@@ -106,6 +106,12 @@ def _told_of_runs(suite: Suite, rows: Sequence[ResultRow]) -> str:
     span = f" (of {' to '.join(dict.fromkeys((days[0], days[-1])))})" if days else ""
     told = f"{len(rows)} of {len(suite.cells())} runs are finished{span}; seeds {seeds}."
     return f"{told} Written on {date.today().isoformat()}."
+
+
+def _told_of_failures(suite: Suite) -> list[str]:
+    """One line a run whose last attempt failed; the tables are of finished runs alone."""
+    reasons = {cell.name: RunDirectory(suite.folder(cell)).read_failure() for cell in suite.cells()}
+    return [f"Failed: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
 
 
 def _told_of_search(config: SuiteConfig, search: SearchConfig) -> str:

@@ -163,7 +163,7 @@ def _result(suite: Suite, cell: Cell) -> Result | None:
         client_cpu_seconds_to_target=None if there is None else there.client_cpu_seconds,
         seconds_to_target=None if there is None else there.seconds,
         bytes_to_target=None if there is None else there.num_bytes,
-        date=date.fromtimestamp(directory.summary_file.stat().st_mtime).isoformat(),
+        date=summary.date or date.fromtimestamp(directory.summary_file.stat().st_mtime).isoformat(),
         search_trials=0 if outcome is None else len(outcome.trials),
         settings=json.dumps({} if outcome is None else outcome.settings, sort_keys=True),
     )

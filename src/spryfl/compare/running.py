@@ -1,17 +1,18 @@
 """A suite's runs, one after another, each resumable on its own."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from spryfl.compare.cells import Cell, Suite, in_order
 from spryfl.compare.checking import check_cells
 from spryfl.compare.report import write_report, write_results
 from spryfl.compare.results import ResultRow
 from spryfl.compare.search import search
-from spryfl.errors import SpryError
+from spryfl.errors import RunDirectoryError, SpryError, is_full_disk
 from spryfl.run import run_in
-from spryfl.runtime.in_process import FAILURES
 from spryfl.tracking.events import Observer
 from spryfl.tracking.lock import held
+from spryfl.tracking.run_directory import RunDirectory
 
 REPORT_SECONDS = 60.0  # to wait for another process that writes the report, which takes a few
 
@@ -39,13 +40,20 @@ def compare(
     failures = []
     try:
         for cell in in_order(suite, [cell for cell in cells if not suite.is_finished(cell)]):
+            directory = RunDirectory(suite.folder(cell))
+            directory.failure_file.unlink(missing_ok=True)
             try:
                 _perform(suite, cell, observers)
-            except FAILURES as error:
+            except Exception as error:
+                if is_full_disk(error):  # which the others would meet too
+                    raise
                 kind = "" if isinstance(error, SpryError) else f"{type(error).__name__}: "  # nobody foresaw it
                 failures.append(f"{cell.name} failed: {kind}{error}")
                 tell(failures[-1])
-            _in_turn(write_results, suite)
+                if not isinstance(error, RunDirectoryError):  # then it is another's, or of other settings
+                    directory.write_failure(f"{kind}{error}")
+            with suppress(RunDirectoryError):  # another process writes it, and has this run too, or the next one will
+                _in_turn(write_results, suite)
     finally:
         rows = _in_turn(write_report, suite)
     if failures:

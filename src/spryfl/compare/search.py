@@ -25,7 +25,7 @@ from spryfl.run import run_in
 from spryfl.runtime.in_process import FAILURES
 from spryfl.tracking.events import Observer
 from spryfl.tracking.lock import held
-from spryfl.tracking.run_directory import write_atomically
+from spryfl.tracking.run_directory import RunDirectory, write_atomically
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -77,7 +77,7 @@ def search(suite: Suite, cell: Cell, observers: Sequence[Observer]) -> Outcome:
         study = _study(folder)
         while (number := len(_performed(study))) < settings.trials:
             _perform(suite, cell, study, number, observers)
-        outcome = _outcome(study, cell)
+        outcome = _outcome(study, cell, folder)
         write_atomically(folder / "chosen.json", _as_json(asdict(outcome)))
     for trial in folder.glob("trial-*"):
         shutil.rmtree(trial)
@@ -165,7 +165,7 @@ def _study(folder: Path) -> "Study":
     if journal.is_file() and not (written := journal.read_bytes()).endswith(b"\n"):
         write_atomically(journal, written[: written.rfind(b"\n") + 1])
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    return optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
+    return optuna.create_study(storage=storage, study_name="search", direction="maximize", load_if_exists=True)
 
 
 def _performed(study: "Study") -> list["FrozenTrial"]:
@@ -178,7 +178,8 @@ def _performed(study: "Study") -> list["FrozenTrial"]:
 def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: Sequence[Observer]) -> None:
     """Draw the next trial, run it, and tell the study what came of it.
 
-    One that was stopped is drawn again, the same as before, and its run goes on in its folder.
+    One that was stopped is drawn again, the same as before, and its run goes on in its folder; so is one that failed
+    before it trained.
     """
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
@@ -194,9 +195,12 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
     trial = study.ask({key: _distribution(own) for key, own in space.items()})
     label = f"{suite.searched(cell).dataset.name}, {cell.method.shown}, trial {number + 1} of {settings.trials}"
     config = search_config(suite, cell, trial.params)
+    folder = suite.search_folder(cell) / f"trial-{number}"
     try:
-        summary = run_in(config, suite.search_folder(cell) / f"trial-{number}", observers, label)
+        summary = run_in(config, folder, observers, label)
     except FAILURES as error:
+        if not RunDirectory(folder).read_events():  # nothing was trained: not for the settings' sake
+            raise
         trial.set_user_attr("failure", str(error))
         study.tell(trial, state=TrialState.PRUNED)
         return
@@ -245,14 +249,15 @@ def _distribution(own: SearchRange) -> "BaseDistribution":
     return kind(low, high, log=own.scale == "log")
 
 
-def _outcome(study: "Study", cell: Cell) -> Outcome:
+def _outcome(study: "Study", cell: Cell, folder: Path) -> Outcome:
     """The best of the trials; of equals the first."""
     performed = _performed(study)
     scored = [trial for trial in performed if trial.value is not None]
     if not scored:
         reasons = dict.fromkeys(trial.user_attrs["failure"] for trial in performed)
         raise SpryError(
-            f"{cell.dataset.name}/{cell.method.name}: every trial of the search failed: {'; '.join(reasons)}"
+            f"{cell.dataset.name}/{cell.method.name}: every trial of the search failed: {'; '.join(reasons)}: choose "
+            f"another space, or remove {folder} to search anew"
         )
     metric = scored[0].user_attrs["metric"]
     trials = tuple(

@@ -5,13 +5,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from spryfl.config.part import Fraction, Part, Positive, PositiveFloat
+from spryfl.config.part import Fraction, Part, Positive, PositiveFloat, Source
 
 
 class DataConfig(Part):
     """The text and its labels."""
 
-    name: str = Field("builtin:movie_reviews", description="builtin:NAME, a hub id, a local file or folder")
+    name: Source = Field("builtin:movie_reviews", description="builtin:NAME, a hub id, a local file or folder")
     subset: str | None = Field(None, description="the hub dataset's configuration, such as 'mnli' of glue")
     text_columns: tuple[str, ...] = Field(
         ("text",), min_length=1, description="what is read, in order; classification: one, a pair, or three"

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from spryfl.config.part import Part, Positive, PositiveFloat, Size
+from spryfl.config.part import Part, Positive, PositiveFloat, Size, Source
 from spryfl.errors import nearest
 from spryfl.federated.method import METHODS, Estimator
 from spryfl.gradients.kinds import Distribution, SlopesPer, TangentsPer
@@ -134,8 +134,8 @@ class GuideConfig(Part):
     )
     explore: bool = Field(False, description="add a random tangent orthogonal to the guess: unbiased, noisier")
     momentum: bool = Field(False, description="take the slope along the server's momentum too")
-    maps: str | None = Field(None, description="backward maps written by spry fit-maps")
-    text: str | None = Field(None, description="public text: the server fits maps on it, and anew when they drift")
+    maps: Source | None = Field(None, description="backward maps written by spry fit-maps")
+    text: Source | None = Field(None, description="public text: the server fits maps on it, and anew when they drift")
     text_columns: tuple[str, ...] | None = Field(None, description="in the public text; data.text_columns by default")
     num_texts: Positive = 512
     rank: Positive = Field(32, description="directions of the last hidden state's gradient that maps carry, at most")

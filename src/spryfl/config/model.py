@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from spryfl.config.part import Part, Positive, PositiveFloat
+from spryfl.config.part import Part, Positive, PositiveFloat, Source
 
 
 class ModelConfig(Part):
     """The base model; its weights stay frozen."""
 
-    name: str = Field("builtin:minilm", description="builtin:NAME, a hub id, or a local folder")
+    name: Source = Field("builtin:minilm", description="builtin:NAME, a hub id, or a local folder")
     revision: str | None = Field(None, description="the hub revision; pin it for a reproducible run")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one")

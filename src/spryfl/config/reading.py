@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from spryfl.config.part import Part
+from spryfl.config.part import Part, flattened
 from spryfl.config.run import RunConfig
 from spryfl.config.suite import SuiteConfig
 from spryfl.errors import ConfigError, nearest
@@ -61,9 +61,9 @@ def compared_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def with_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested tables in which each dotted key is set."""
+    """A copy of nested tables in which each dotted key is set, also those that stand in tables of their own."""
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
-    for dotted, value in overrides.items():
+    for dotted, value in flattened(overrides).items():
         target = result
         *parts, key = dotted.split(".")
         for part in parts:

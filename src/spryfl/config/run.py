@@ -1,13 +1,11 @@
 """A whole run: its parts, and what must hold between them."""
 
-from typing import Any
-
 from pydantic import Field, model_validator
 
 from spryfl.config.data import WITH_CLASSES, DataConfig, PartitionConfig, TaskConfig
 from spryfl.config.method import GuideConfig, MethodConfig
 from spryfl.config.model import AdapterConfig, ModelConfig
-from spryfl.config.part import Part
+from spryfl.config.part import Overrides, Part, flattened
 from spryfl.config.privacy import NOT_OF_EXAMPLES, PrivacyConfig
 from spryfl.config.training import ClientsConfig, EvaluationConfig, LocalConfig, RuntimeConfig, ServerConfig
 from spryfl.errors import nearest
@@ -20,7 +18,7 @@ class CompareConfig(Part):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="names its folder under compare/")
     label: str | None = None
-    set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value")
+    set: Overrides = Field(default_factory=dict, description="'part.key' = value")
 
 
 class RunConfig(Part):
@@ -90,6 +88,9 @@ class RunConfig(Part):
         names = [entry.name for entry in self.compare]
         if len(set(names)) < len(names):
             raise ValueError(f"compare: names must differ, got {names}")
+        labels = [self.label or self.method.name, *(entry.label or entry.name for entry in self.compare)]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"compare: plots would show runs of one name as one, got {labels}: give each a label")
         return self
 
     @model_validator(mode="after")
@@ -227,7 +228,7 @@ class RunConfig(Part):
 
     def differences(self, other: "RunConfig") -> list[str]:
         """'part.key: this one's value, the other's' of all that changes a result: not labels, not processes."""
-        ours, theirs = (_flat(config.model_dump(mode="json", exclude=_NO_RESULT)) for config in (self, other))
+        ours, theirs = (flattened(config.model_dump(mode="json", exclude=_NO_RESULT)) for config in (self, other))
         return [
             f"{key}: {ours.get(key)!r}, now {theirs.get(key)!r}"
             for key in ours | theirs
@@ -236,11 +237,3 @@ class RunConfig(Part):
 
 
 _NO_RESULT = {"label", "runtime"}
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

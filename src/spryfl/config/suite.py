@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from spryfl.config.part import Fraction, Part, Positive
+from spryfl.config.part import Fraction, Overrides, Part, Positive, flattened
 from spryfl.errors import nearest
 from spryfl.federated.method import METHODS
 
@@ -15,6 +15,17 @@ _OF_THE_SUITE = {
     "compare": "what is compared are the suite's [[method]] entries",
 }
 """Keys of a run's file that [base] does not take, and what a suite has in their place."""
+_OF_THE_SEARCH = frozenset(
+    {
+        *_OF_THE_SUITE,
+        "data.test_seed",
+        "data.validation_fraction",
+        "server.num_rounds",
+        "server.schedule_rounds",
+        "evaluation.every",
+    }
+)
+"""Keys that the suite or its search sets in every run or trial, so that none can be searched."""
 
 
 class SearchRange(Part):
@@ -65,14 +76,14 @@ class SearchConfig(Part):
 
 
 class DatasetEntry(Part):
-    """One dataset, as a suite's runs see it."""
+    """One dataset, as a suite's runs see it; without data.name anywhere, a name that --data has chooses that."""
 
     name: str = Field(pattern=NAME, description="names it in tables and folders")
     target: float | None = Field(None, description="score whose cost in time and bytes is told")
     tuned_on: str | None = Field(None, description="the [[dataset]] whose search serves this one too; its own if none")
     search_rounds: int | None = Field(None, ge=1, description="of each trial, where it takes longer to leave chance")
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="some of the suite's; all of them if none")
-    set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value")
+    set: Overrides = Field(default_factory=dict, description="'part.key' = value")
 
 
 class MethodEntry(Part):
@@ -80,7 +91,7 @@ class MethodEntry(Part):
 
     name: str = Field(pattern=NAME, description="names it in folders")
     label: str | None = Field(None, description="in tables and plots; the name by default")
-    set: dict[str, Any] = Field(default_factory=dict, description="'part.key' = value; goes before a dataset's")
+    set: Overrides = Field(default_factory=dict, description="'part.key' = value; goes before a dataset's")
     space: dict[str, SearchRange] = Field(
         default_factory=dict, description="its own ranges of keys of search.space, with the same number of trials"
     )
@@ -175,8 +186,23 @@ class SuiteConfig(Part):
         return self
 
     @model_validator(mode="after")
+    def _names_of_methods_stand_for_one(self) -> "SuiteConfig":
+        """One that stands for none would be the default's runs under another name, in every table."""
+        chosen = [flattened(self.base), *(dataset.set for dataset in self.dataset)]
+        for method in self.method:
+            if "method.name" not in method.settings and not any("method.name" in table for table in chosen):
+                raise ValueError(
+                    f"method '{method.name}' is no method's name.{nearest(method.name, METHODS)} Take one of `spry "
+                    "list methods`, or give its set 'method.name' = NAME"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _what_is_searched_is_not_set(self) -> "SuiteConfig":
         sought = set() if self.search is None else set(self.search.space)
+        fixed = sorted(sought & _OF_THE_SEARCH)
+        if fixed:
+            raise ValueError(f"search.space has {', '.join(fixed)}, which the suite sets itself: leave it out")
         for kind, entries in (("dataset", self.dataset), ("method", self.method)):
             for entry in entries:
                 both = sorted(sought & set(entry.set))

@@ -73,9 +73,9 @@ class ServerConfig(Part):
 
     @model_validator(mode="after")
     def _rounds_are_left_after_the_warmup(self) -> "ServerConfig":
-        if self.warmup_rounds >= self.num_rounds:
+        if self.warmup_rounds >= self.own_schedule_rounds:
             raise ValueError(
-                f"warmup_rounds = {self.warmup_rounds} of num_rounds = {self.num_rounds}: warm up for fewer"
+                f"warmup_rounds = {self.warmup_rounds} of {self.own_schedule_rounds} rounds: warm up for fewer"
             )
         return self
 

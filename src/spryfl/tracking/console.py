@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -33,7 +34,7 @@ class ConsoleObserver:
         self._console = Console(stderr=True, quiet=hidden)
         bar = (BarColumn(bar_width=12),) if self._console.width >= WIDE else ()
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             *bar,
             MofNCompleteColumn(),
             TextColumn("[yellow]{task.fields[loss]}"),
@@ -176,7 +177,7 @@ def results_table(summaries: Sequence[Summary]) -> Table:
         table.add_column(heading, justify="right")
     for s in summaries:
         table.add_row(
-            s.label,
+            escape(s.label),
             f"{s.score_before:.3f}",
             f"[bold]{s.score:.3f}",
             decimal(s.peak_activation_bytes),

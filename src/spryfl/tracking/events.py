@@ -90,6 +90,7 @@ class Summary:
         num_map_fits: how often backward maps were fitted anew.
         client_memory: bytes, dealt to clients in turn; none where memory is no matter.
         privacy: whose; epsilon, delta: what was spent in all.
+        date: of the run's end, on the machine's clock; None of runs that are older than this field.
     """
 
     method: str
@@ -136,6 +137,7 @@ class Summary:
     privacy: str = "none"
     epsilon: float | None = None
     delta: float | None = None
+    date: str | None = None
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,6 +7,7 @@ estimator-choice.json   what the choice of clients' estimators rests on, where t
 adapter/                the trained adapter and head, in PEFT's format
 samples.jsonl           what the trained model answers to some test rows, where the task has answers to read
 summary.json            once the run is done
+failure.txt             why a suite's run ended without one, until it is tried again
 progress.png            the main metric and the loss over rounds; comparison.png: of several runs
 partition.png           which labels each client holds, and how many rows
 compare/NAME/           the same, for each compared run
@@ -15,7 +16,8 @@ compare/NAME/           the same, for each compared run
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from spryfl.config import RunConfig, load_config
-from spryfl.errors import RunDirectoryError
+from spryfl.errors import ConfigError, RunDirectoryError
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.state import FederatedState
 from spryfl.tracking.events import RoundEvent, Summary
@@ -74,7 +76,10 @@ class RunDirectory:
     def read_config(self) -> RunConfig:
         if not self.config_file.is_file():
             raise RunDirectoryError(f"{self.path}: no run to resume here: it has no config.toml")
-        return load_config(self.config_file)
+        try:
+            return load_config(self.config_file)
+        except ConfigError as error:
+            raise RunDirectoryError(f"{self.config_file}: {error}") from error
 
     def append_event(self, event: RoundEvent) -> None:
         """Add a line and force it to disk, so that no checkpoint is ahead of its events."""
@@ -90,7 +95,8 @@ class RunDirectory:
         for line in self.events_file.read_text(encoding="utf-8").splitlines(keepends=True):
             if not line.endswith("\n"):
                 break  # the last line of a killed run may be torn; its round is repeated
-            events.append(RoundEvent.from_row(json.loads(line)))
+            with _readable(self.events_file):
+                events.append(RoundEvent.from_row(json.loads(line)))
         return events
 
     def keep_events(self, last_round: int) -> list[RoundEvent]:
@@ -152,7 +158,20 @@ class RunDirectory:
     def read_summary(self) -> Summary | None:
         if not self.summary_file.is_file():
             return None
-        return Summary.from_row(json.loads(self.summary_file.read_text(encoding="utf-8")))
+        with _readable(self.summary_file):
+            return Summary.from_row(json.loads(self.summary_file.read_text(encoding="utf-8")))
+
+    @property
+    def failure_file(self) -> Path:
+        return self.path / "failure.txt"
+
+    def write_failure(self, reason: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.failure_file, f"{reason}\n".encode())
+
+    def read_failure(self) -> str | None:
+        """Why the run's last attempt ended; None if it did not fail."""
+        return self.failure_file.read_text(encoding="utf-8").strip() if self.failure_file.is_file() else None
 
     def clear(self) -> None:
         """Remove what a run writes before its first event, and the folder unless it holds something else."""
@@ -175,20 +194,37 @@ class RunDirectory:
             save_to(fresh)
             shutil.rmtree(self.adapter, ignore_errors=True)
             fresh.rename(self.adapter)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors and tokenizers have kinds of their own for what the system says
+            raise RunDirectoryError(f"{self.adapter} cannot be written: {error}") from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
 def create_run_directory(path: Path) -> RunDirectory:
     """Make a new run's directory; refuses one that already holds a run."""
-    if (path / "config.toml").exists():
+    directory = RunDirectory(path)
+    written = (directory.config_file, directory.events_file, directory.checkpoint_file, directory.summary_file)
+    if any(file.exists() for file in written):
         raise RunDirectoryError(
             f"{path} already holds a run. Go on with it: spry run --resume {path}; or choose another --out"
         )
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"{path} is a file: choose another --out")
     path.mkdir(parents=True, exist_ok=True)
-    return RunDirectory(path)
+    return directory
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What cannot be understood inside is said of the file."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RunDirectoryError(
+            f"{file}: of another version of spry, or damaged ({error}): use that version, or remove the folder"
+        ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

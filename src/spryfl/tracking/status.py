@@ -15,7 +15,7 @@ class RunStatus:
         finished: whether its summary is written.
         rounds: done, of num_rounds.
         accuracy: at the last evaluation.
-        clients: partition ids whose updates were used, of num_clients.
+        clients: partition ids whose updates were used, of num_clients; None where a column decides.
         failures: tasks that ended without an update, by kind (`federated.failures`).
         num_late: updates that came after their round, and were dropped.
         untrained: units that nobody returned in the last round; they go first in the next.
@@ -29,7 +29,7 @@ class RunStatus:
     accuracy: float | None
     loss: float | None
     clients: tuple[int, ...]
-    num_clients: int
+    num_clients: int | None
     num_updates: int
     failures: dict[str, int]
     num_late: int
@@ -61,7 +61,7 @@ def run_status(directory: RunDirectory) -> RunStatus:
         accuracy=accuracies[-1] if accuracies else None,
         loss=events[-1].loss if events else None,
         clients=tuple(sorted(clients)),
-        num_clients=config.partition.num_clients,
+        num_clients=None if config.partition.kind == "column" else config.partition.num_clients,
         num_updates=sum(event.num_updates for event in events),
         failures=dict(sorted(kinds.items())),
         num_late=sum(len(event.late) for event in events),
