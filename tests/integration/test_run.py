@@ -313,6 +313,9 @@ def test_a_run_directory_is_never_overwritten(tiny_config: Callable[..., RunConf
     run_suite(tiny_config(), tmp_path / "run")
     with pytest.raises(RunDirectoryError, match="--resume"):
         run_suite(tiny_config(), tmp_path / "run")
+    (tmp_path / "run/config.toml").unlink()  # its results are a run still
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        run_suite(tiny_config(), tmp_path / "run")
 
 
 def test_a_run_that_never_began_leaves_its_name_free(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -335,6 +338,25 @@ def test_a_damaged_checkpoint_is_named(tiny_config: Callable[..., RunConfig], tm
     (tmp_path / "run/checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(RunDirectoryError, match="damaged"):
         resume_suite(RunDirectory(tmp_path / "run"))
+
+
+def test_an_adapter_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    """Tokenizers raise a plain exception where the disk is full."""
+    directory = RunDirectory(tmp_path)
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "adapter.safetensors").write_bytes(b"old")
+
+    def fail(folder: Path) -> None:
+        folder.mkdir()
+        raise Exception("File too large (os error 27)")
+
+    directory.write_adapter(save)
+    with pytest.raises(RunDirectoryError, match=r"adapter cannot be written: File too large"):
+        directory.write_adapter(fail)
+    assert (directory.adapter / "adapter.safetensors").read_bytes() == b"old"
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_full_disk_loses_nothing(
