@@ -12,6 +12,7 @@ from spryfl.federated.accounting import Accountant, ClientAccountant, ExampleAcc
 from spryfl.federated.state import Federation
 from spryfl.gradients.tangents import require_dimensions, tangent_groups
 from spryfl.models.loading import AdaptedModel
+from spryfl.models.units import HEAD
 
 MAJORITY = 3
 """Clients of a unit, the fewest of which one can be told to be unlike the others."""
@@ -45,10 +46,12 @@ def require_enough_dimensions(config: RunConfig, federation: Federation, model: 
     def size(group: Sequence[str]) -> int:
         return sum(model.get_parameter(name).numel() for name in group)
 
-    shared = [federation.units[unit] for unit in federation.shared]
+    left_out = {HEAD} if method.exact_head else set()  # its gradient is exact, and no tangent moves it
+    shared = [federation.units[unit] for unit in federation.shared if unit not in left_out]
     blocks = federation.blocks or [[unit] for unit in federation.units]
-    own = [[federation.units[unit] for unit in block if unit not in federation.shared] for block in blocks]
-    dealt = sorted(own, key=lambda block: sum(map(size, block)))
+    apart = left_out.union(federation.shared)
+    own = [[federation.units[unit] for unit in block if unit not in apart] for block in blocks]
+    dealt = sorted(filter(None, own), key=lambda block: sum(map(size, block)))
     if method.tangents_per == "step" and federation.assignment == "split":
         dealt = dealt[: max(1, len(dealt) // federation.cohort_size if federation.fit is None else 1)]
     for group in tangent_groups(method.tangents_per, [*chain(*dealt), *shared]):
@@ -83,6 +86,16 @@ def require_majorities(config: RunConfig, federation: Federation) -> None:
         raise ConfigError(
             f"server.aggregation = '{config.server.aggregation}': some unit has {fewest} of a round's clients, and of "
             f"fewer than {MAJORITY} nobody can tell which one is hostile: {remedy}"
+        )
+
+
+def require_clients_apart(config: RunConfig, federation: Federation) -> None:
+    """Refuse a delta that would allow publishing a client outright, of as many as a column has values."""
+    share = 1 / federation.num_clients
+    if config.privacy.level == "client" and config.privacy.delta >= share:
+        raise ConfigError(
+            f"privacy.delta = {config.privacy.delta:g} would allow publishing one of {federation.num_clients} clients "
+            f"outright; set it well below {share:g}"
         )
 
 

@@ -35,6 +35,7 @@ from spryfl.models.units import HEAD, layer_blocks, parameters_of, unit_places
 from spryfl.safeguards import (
     accountant_of,
     require_checkpoint_budget,
+    require_clients_apart,
     require_enough_dimensions,
     require_guessable,
     require_majorities,
@@ -114,6 +115,7 @@ class Workbench:
         require_enough_dimensions(config, bench.federation, bench.adapted.model)
         require_majorities(config, bench.federation)
         require_guessable(config, bench.adapted)
+        require_clients_apart(config, bench.federation)
         bench.unheld_units  # noqa: B018  # a budget that holds nothing shows now, before any work
         return bench
 
@@ -322,7 +324,12 @@ class Workbench:
 
     def save_adapter(self, values: dict[str, Tensor], folder: Path) -> None:
         """Write adapter, head and tokenizer so that `PeftModel.from_pretrained` loads them, in float32."""
-        for name, value in values.items():
-            self.adapted.model.get_parameter(name).data = value  # the masters, whatever the model computes in
-        self.adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
+        own = {name: self.adapted.model.get_parameter(name).data for name in values}
+        try:
+            for name, value in values.items():
+                self.adapted.model.get_parameter(name).data = value  # the masters, whatever the model computes in
+            self.adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
+        finally:
+            for name, data in own.items():
+                self.adapted.model.get_parameter(name).data = data
         self.adapted.tokenizer.save_pretrained(str(folder))

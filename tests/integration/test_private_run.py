@@ -37,6 +37,13 @@ def test_private_clients(tiny_config: Callable[..., RunConfig], tmp_path: Path) 
     assert f"differential privacy of each client, epsilon {summary.epsilon:.3g} at delta 0.001" in console.export_text()
 
 
+def test_delta_is_held_to_the_clients_that_a_column_makes(tiny_config: Callable[..., RunConfig]) -> None:
+    partition = {"kind": "column", "column": "label"}
+    config = tiny_config(partition=partition, privacy__level="client", **PRIVATE | {"privacy__delta": 0.6})
+    with pytest.raises(ConfigError, match=r"delta = 0\.6 would allow publishing one of 2 clients outright"):
+        Workbench.from_config(config)
+
+
 @pytest.mark.parametrize("method", ["spry", "spry_per_iteration", "fedmezo"])
 def test_private_examples(method: str, tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = tiny_config(privacy__level="example", method__name=method, server__num_rounds=2, **PRIVATE)

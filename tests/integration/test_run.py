@@ -171,6 +171,21 @@ def test_a_worker_that_dies_fails_its_tasks_and_is_replaced() -> None:
         runtime.close()
 
 
+def test_a_worker_that_died_between_rounds_is_replaced() -> None:
+    task = ClientTask(1, 1, 0, (), (), {}, "values")
+    runtime = WorkerRuntime(FragileRuntime, 1, None)
+    try:
+        assert isinstance(next(iter(runtime.run([task]))), ClientUpdate)
+        assert runtime._pool is not None
+        (worker,) = runtime._pool._processes.values()
+        worker.kill()
+        worker.join()
+        answers = [answer for _ in range(3) for answer in runtime.run([task])]
+        assert isinstance(answers[-1], ClientUpdate)
+    finally:
+        runtime.close()
+
+
 class FragileRuntime:
     """Dies of client 0's task."""
 

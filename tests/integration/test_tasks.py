@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import (
     AutoModelForCausalLM,
@@ -155,6 +156,13 @@ def test_windows_of_a_question_lie_with_one_client(make: Callable[..., RunConfig
     owners = [set(bench.train.sources[rows]) for rows in bench.partition]
     assert sum(map(len, owners)) == len(set().union(*owners)) == len(np.unique(bench.train.sources))
     assert sorted(np.concatenate(bench.partition)) == list(range(len(bench.train)))
+
+
+def test_samples_of_a_model_that_computes_in_bfloat16(run: Callable[..., Any]) -> None:
+    """The adapter is saved in float32, which the model itself must not be left in."""
+    _, _, out = run("language_model", **STRONG, model__dtype="bfloat16", server__num_rounds=1)
+    assert (out / "samples.jsonl").is_file()
+    assert {tensor.dtype for tensor in load_file(out / "adapter/adapter_model.safetensors").values()} == {torch.float32}
 
 
 def test_answers_written_and_the_adapter_gives_the_reported_perplexity(run: Callable[..., Any]) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config
 
 from families import FAMILIES, autograd_gradient, batch_loss, build, padded_batch, trainable
 from packed import save_family
 from spryfl.config import AdapterConfig, ModelConfig, RunConfig
 from spryfl.errors import ConfigError, ModelError
+from spryfl.federated.client import loaded
 from spryfl.federated.rounds import run_round
 from spryfl.forward_mode.budget import chunks_of
 from spryfl.gradients.backprop import Backprop
@@ -166,11 +168,11 @@ def test_what_is_saved_opens_with_peft(kind: str, tiny_config: Callable[..., Run
     opened = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     ids = torch.arange(5, 14).view(1, -1)
     with torch.inference_mode():
-        expected = bench.adapted.model(input_ids=ids).logits
-        assert torch.allclose(opened(input_ids=ids).logits, expected, atol=1e-5)
-        for value in values.values():
-            value.zero_()
-        assert not torch.allclose(bench.adapted.model(input_ids=ids).logits, expected, atol=1e-2)
+        before = bench.adapted.model(input_ids=ids).logits  # saving leaves the model as it was
+        with loaded(bench.adapted.model, values):
+            expected = bench.adapted.model(input_ids=ids).logits
+    assert torch.allclose(opened(input_ids=ids).logits, expected, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,6 +267,24 @@ def test_dora_is_pefts_without_dropout() -> None:
     assert all(torch.allclose(ours, theirs, rtol=1e-10) for ours, theirs in zip(*found, strict=True))
     with torch.no_grad():
         assert torch.allclose(layer(x), found[0][0], rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_dora_on_gpt2s_transposed_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square ones too, where a wrong side shows in no shape."""
+    small = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32, pad_token_id=0)
+    monkeypatch.setitem(FAMILIES, "gpt2", lambda: small)
+    adapter = AdapterConfig(kind="dora", rank=2, target_modules=("c_attn", "c_proj"))
+    model = build("gpt2", adapter=adapter)
+    found = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert len(found) == 6
+    for layer in found:
+        size = layer.get_base_layer().weight.shape[0]
+        x = torch.randn(3, 5, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        theirs = type(layer).forward(layer, x)
+        assert torch.allclose(layer(x), theirs, rtol=1e-10)
+        with torch.no_grad():
+            assert torch.allclose(layer(x), theirs, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["dora", "dora, B frozen"])

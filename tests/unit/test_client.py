@@ -89,6 +89,16 @@ def test_the_server_rebuilds_from_slopes_what_the_client_did(
         assert torch.equal(rebuilt[name], expected)
 
 
+def test_a_client_weighs_its_data_whatever_part_of_it_a_step_sees() -> None:
+    """So that methods of either pace aim at the same mean over all data."""
+    model = build("bert").float()
+    for pace, upload, rows in (("iteration", "gradients", 4), ("epoch", "values", 20)):
+        data = Rows()
+        update = Client(model, data, Backprop(), training(pace=pace)).update(task_for(model, upload))
+        assert update.num_examples == len(data) == 10
+        assert sum(map(len, data.batches)) == rows
+
+
 def test_an_update_leaves_the_model_as_it_was() -> None:
     model = build("bert").float()
     task = task_for(model)
@@ -147,6 +157,7 @@ def test_dropout_draws_one_mask_a_step() -> None:
     assert len(set(losses)) == 3
 
 
+IN_HEAD = [name for name in trainable(build("bert")) if "classifier" in name]
 OF_EVERY_KIND: dict[str, GradientEstimator] = {
     "forward": ForwardGradient(2),
     "bottleneck": BottleneckGradient(2),
@@ -154,7 +165,7 @@ OF_EVERY_KIND: dict[str, GradientEstimator] = {
     "zeroth_order": ZerothOrder(2),
     "backprop": Backprop(),
     "per_layer": Backprop("per_layer", layer_calls),
-    "exact_head": ExactHead(ForwardGradient(), layer_calls, frozenset()),
+    "exact_head": ExactHead(ForwardGradient(), layer_calls, frozenset(IN_HEAD)),
 }
 
 
@@ -167,7 +178,8 @@ def test_epochs_and_dropout_with_every_estimator(name: str) -> None:
         model = build("bert", adapter=adapter).float()
         dropout = dropout_modules(model) if active else []
         client = Client(model, Rows(), OF_EVERY_KIND[name], training(epochs=epochs), dropout)
-        update, again = (client.update(task_for(model)) for _ in range(2))
+        task = task_for(model, parameters=(*trainable(model)[:2], *IN_HEAD))
+        update, again = (client.update(task) for _ in range(2))
         assert update.num_examples == 10
         assert all(torch.equal(again.tensors[n], t) for n, t in update.tensors.items())  # masks are the seed's
         assert not any(module.training for module in model.modules())

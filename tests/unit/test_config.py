@@ -32,6 +32,23 @@ from spryfl.presets import find_preset
             {"method": {"name": "spry_bottleneck"}, "adapter": {"frozen": "a"}},
             "set adapter.kind = 'lora' with frozen = 'b'",
         ),
+        (
+            {"method": {"name": "spry_per_iteration", "upload": "values"}},
+            "'spry_per_iteration' take no step of their own, so what they have to send is 'gradients'",
+        ),
+        (
+            {"method": {"name": "spry", "upload": "gradients"}},
+            "take local steps, so what they have to send is 'values'",
+        ),
+        (
+            {"method": {"name": "spry_per_iteration", "exact_head": True}},
+            "the head's gradient cannot be rebuilt from slopes; set upload = 'gradients'",
+        ),
+        ({"server": {"sampling": "size"}, "partition": {"kind": "own"}}, "how much each client holds is not known"),
+        (
+            {"model": {"dtype": "bfloat16"}, "method": {"name": "fedmezo"}},
+            "finite differences drown in its rounding; set 'float32', or 'auto'",
+        ),
         ({"method": {"checkpointing": "budgeted"}}, "needs a budget, such as budget = '64MiB'"),
         ({"method": {"budget": "64MiB"}}, "budget belongs to checkpointing = 'budgeted', not 'none'"),
         (

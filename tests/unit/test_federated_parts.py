@@ -111,11 +111,11 @@ def test_weighted_mean_over_those_that_trained() -> None:
 
 VALUES = {"a": torch.tensor([1.0]), "b": torch.tensor([0.1])}
 CHANGE = {"a": torch.tensor([0.5])}
-# By hand with D = 0.5, b1 = 0.9, b2 = 0.99, tau = 0.001, v0 = 1e-6: m = 0.05;
+# By hand with D = 0.5, b1 = 0.9, b2 = 0.99, tau = 0.001, v0 = 1e-6: m = 0.05 (adagrad: D);
 # adagrad v = 0.250001; adam v = 0.00250099; yogi v = 1e-6 + 0.01 * 0.25 = 0.002501
 EXPECTED = {
     "sgd": 1.0 + 0.01 * 0.5,
-    "adagrad": 1.0 + 0.01 * 0.05 / (0.250001**0.5 + 0.001),
+    "adagrad": 1.0 + 0.01 * 0.5 / (0.250001**0.5 + 0.001),
     "adam": 1.0 + 0.01 * 0.05 / (0.00250099**0.5 + 0.001),
     "yogi": 1.0 + 0.01 * 0.05 / (0.002501**0.5 + 0.001),
 }

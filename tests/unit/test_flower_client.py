@@ -111,10 +111,10 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproce
 
 
 def test_the_worker_outlives_messages_and_dies_with_its_parent(
-    tiny_file: Path, tmp_path: Path, parent: subprocess.Popen[bytes]
+    tiny_file: Path, tiny_table: dict[str, dict[str, object]], tmp_path: Path, parent: subprocess.Popen[bytes]
 ) -> None:
-    def ask(timeout: float | None = 120) -> dict[str, object]:
-        return json.loads(warm.ask(order(tiny_file), timeout, parent.pid).header)
+    def ask(timeout: float | None = 120, task: ClientTask | None = None) -> dict[str, object]:
+        return json.loads(warm.ask(order(tiny_file, task), timeout, parent.pid).header)
 
     def worker() -> int:
         with warm._connected(parent.pid) as connection:
@@ -124,6 +124,7 @@ def test_the_worker_outlives_messages_and_dies_with_its_parent(
     assert (first["kind"], first["client"]) == ("presence", 1)
     process = worker()
     assert ask() == first
+    assert ask(task=task_of(parse_config(tiny_table)))["kind"] == "update"
     assert worker() == process
     os.kill(process, signal.SIGSTOP)  # it hangs
     late = ask(0.2)
@@ -134,6 +135,43 @@ def test_the_worker_outlives_messages_and_dies_with_its_parent(
     parent.wait()
     folder = tmp_path / f"spry-{os.getuid()}" / str(parent.pid)
     wait_for(lambda: not folder.exists(), 30, "the worker has ended")
+
+
+SLOW_TO_LOAD = """
+import socket, sys, time
+from spryfl.runtime.flower.warm import LOADED
+from spryfl.runtime.parcels import Parcel, receive_parcel, send_parcel
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+connection, _ = listener.accept()
+receive_parcel(connection)
+time.sleep(2)
+send_parcel(connection, LOADED)
+send_parcel(connection, Parcel("{}"))
+time.sleep(60)
+"""
+
+
+def test_loading_does_not_count_to_a_deadline(
+    tmp_path: Path, parent: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a client whose model takes longer to load than its deadline is would never take part."""
+    workers = []
+
+    def start(address: str, _: int) -> None:
+        workers.append(subprocess.Popen([sys.executable, "-c", SLOW_TO_LOAD, address]))
+
+    monkeypatch.setattr(warm, "_start", start)
+    try:
+        assert warm.ask(Parcel("{}"), 0.5, parent.pid) == Parcel("{}")
+        monkeypatch.setattr(warm, "LOADING_SECONDS", 0.5)
+        (tmp_path / f"spry-{os.getuid()}" / str(parent.pid) / "socket").unlink()
+        assert json.loads(warm.ask(Parcel("{}"), 60, parent.pid).header)["failure"] == "deadline"
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def test_a_folder_others_can_enter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

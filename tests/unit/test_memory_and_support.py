@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, Gemma2Config, LlamaConfig, MambaConfig
+from transformers import BertConfig, Gemma2Config, LlamaConfig, MambaConfig, XLNetConfig
 
 from families import FAMILIES, batch_loss, build, padded_batch, trainable
 from spryfl.config import TaskKind
@@ -132,6 +132,12 @@ def test_a_model_that_transformers_has_no_class_of_is_refused(task: TaskKind) ->
         ModelError, match=r"transformers has no AutoModelFor\w+ for folder, a mamba model: take another"
     ):
         require_class(MambaConfig(), "folder", task)
+
+
+def test_a_model_whose_tokens_come_first_is_refused() -> None:
+    """Some rows at a time its layers would mix texts."""
+    with pytest.raises(ModelError, match="xlnet puts tokens before the batch"):
+        require_class(XLNetConfig(), "folder", "classification")
 
 
 def test_checking_an_adapted_model_leaves_its_operators() -> None:

@@ -181,5 +181,11 @@ def test_too_many_directions_show_before_the_run(tiny_config: Callable[..., RunC
     method = {"name": "spry", "num_tangents": 5, "distribution": "coordinate", "tangents_per": "unit"}
     with pytest.raises(ConfigError, match=r"method\.num_tangents = 5: only d = 4 tangents"):
         Workbench.from_config(tiny_config(adapter=adapter, method=method))
+    with pytest.raises(ConfigError, match=r"method\.num_tangents = 9: only d = 4 tangents"):  # the head has none
+        Workbench.from_config(
+            tiny_config(
+                adapter=adapter, method={**method, "num_tangents": 9, "tangents_per": "step", "exact_head": True}
+            )
+        )
     bench = Workbench.from_config(tiny_config(adapter=adapter, method={**method, "tangents_per": "step"}))
     assert bench.training == replace(bench.training, tangents_per="step", distribution="coordinate")

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from spryfl.config.part import Part, Positive, PositiveFloat, Size, Source
 from spryfl.errors import nearest
-from spryfl.federated.method import METHODS, Estimator
+from spryfl.federated.method import METHODS, Estimator, Upload
 from spryfl.gradients.kinds import Distribution, SlopesPer, TangentsPer
 
 NOT_OF_SLOPES: dict[str, str] = {
@@ -57,7 +57,7 @@ class MethodConfig(Part):
         "unit", description="what split methods give one client together: an adapted module, or all of a layer's"
     )
     rotate: bool = Field(True, description="start the cycle one unit further each round")
-    upload: Literal["values", "slopes"] | None = Field(None, description="what travels up; the method's own by default")
+    upload: Upload | None = Field(None, description="what travels up; the method's own by default")
 
     @model_validator(mode="after")
     def _known_and_possible(self) -> "MethodConfig":
@@ -66,7 +66,13 @@ class MethodConfig(Part):
         if (self.upload or METHODS[self.name].upload) == "slopes" and self.own_estimator in NOT_OF_SLOPES:
             raise ValueError(
                 f"upload = 'slopes': nothing can be rebuilt from them with estimator '{self.own_estimator}', whose "
-                f"{NOT_OF_SLOPES[self.own_estimator]}; set upload = 'values' or another method"
+                f"{NOT_OF_SLOPES[self.own_estimator]}; set upload = '{self._whole_upload}' or another method"
+            )
+        if self.upload in ("values", "gradients") and self.upload != self._whole_upload:
+            steps = "local steps" if self._whole_upload == "values" else "no step of their own"
+            raise ValueError(
+                f"upload = '{self.upload}': clients of method '{self.name}' take {steps}, so what they have to send is "
+                f"'{self._whole_upload}': leave upload out"
             )
         if self.own_estimator == "bottleneck" and (self.distribution in ("orthogonal", "coordinate") or self.shrinkage):
             raise ValueError(
@@ -90,7 +96,9 @@ class MethodConfig(Part):
                 "'fwdllm' or 'fwdllm_plus'"
             )
         if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
-            raise ValueError("exact_head: the head's gradient cannot be rebuilt from slopes; set upload = 'values'")
+            raise ValueError(
+                f"exact_head: the head's gradient cannot be rebuilt from slopes; set upload = '{self._whole_upload}'"
+            )
         if self.estimator == "auto" and self.checkpointing != "none":
             raise ValueError(f"checkpointing = '{self.checkpointing}': estimator = 'auto' chooses it; leave it out")
         if self.checkpointing == "budgeted" and self.budget is None:
@@ -103,6 +111,11 @@ class MethodConfig(Part):
     def own_estimator(self) -> Estimator | Literal["auto"]:
         """The estimator asked for, or the method's own."""
         return self.estimator or METHODS[self.name].estimator
+
+    @property
+    def _whole_upload(self) -> Upload:
+        """What the method's clients have to send where it is not slopes."""
+        return "values" if METHODS[self.name].pace == "epoch" else "gradients"
 
     @property
     def own_num_tangents(self) -> int:

@@ -27,7 +27,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing or no TOML, or holds unknown keys or impossible values.
     """
     table = _read_toml(path, f"Start one with: spry init {path.name}")
-    chosen = dict(map(_parse_override, overrides))
+    chosen = flattened(dict(map(_parse_override, overrides)))
     if "method.name" in chosen:  # the file's label was for its own method
         chosen = {"label": None} | chosen
     config = parse_config(with_overrides(table, chosen))
@@ -45,7 +45,7 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
     table = _read_toml(path, "Suites to start from are in benchmarks/suites")
     base = table.get("base", {})
     if overrides and isinstance(base, Mapping):  # if it is no table, that is said below
-        table["base"] = with_overrides(base, dict(map(_parse_override, overrides)))
+        table["base"] = with_overrides(base, flattened(dict(map(_parse_override, overrides))))
     return _parse(SuiteConfig, table)
 
 
@@ -61,16 +61,16 @@ def compared_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def with_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested tables in which each dotted key is set, also those that stand in tables of their own."""
+    """A copy of nested tables in which each dotted key is set; a table takes the place of the one that was there."""
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
-    for dotted, value in flattened(overrides).items():
+    for dotted, value in overrides.items():
         target = result
         *parts, key = dotted.split(".")
         for part in parts:
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"{dotted}: '{part}' is a value, not a table of keys")
-        target[key] = value
+        target[key] = dict(value) if isinstance(value, Mapping) else value  # a later key may be set in it
     return result
 
 

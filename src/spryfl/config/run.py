@@ -53,9 +53,36 @@ class RunConfig(Part):
                 f"server.cohort_size = {self.server.cohort_size} exceeds partition.num_clients = "
                 f"{self.partition.num_clients}: lower the cohort or raise the number of clients"
             )
+        if self.server.sampling == "size" and self.partition.kind == "own":
+            raise ValueError(
+                "server.sampling = 'size': how much each client holds is not known where partition.kind = 'own': leave "
+                "it out"
+            )
+        if self.server.aggregation != "mean" and METHODS[self.method.name].pacing == "pool":
+            raise ValueError(
+                f"server.aggregation = '{self.server.aggregation}': method '{self.method.name}' pools gradients over "
+                "rounds as a mean; leave it out, or bound clients with server.clip_norm"
+            )
+        names = [entry.name for entry in self.compare]
+        if len(set(names)) < len(names):
+            raise ValueError(f"compare: names must differ, got {names}")
+        labels = [self.label or self.method.name, *(entry.label or entry.name for entry in self.compare)]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"compare: plots would show runs of one name as one, got {labels}: give each a label")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_fits(self) -> "RunConfig":
         server = self.server.optimizer or METHODS[self.method.name].server
-        if self.guide.momentum and server == "sgd":
-            raise ValueError("guide.momentum: server.optimizer = 'sgd' keeps no momentum; choose 'yogi' or 'adam'")
+        if self.guide.momentum and server in ("sgd", "adagrad"):
+            raise ValueError(
+                f"guide.momentum: server.optimizer = '{server}' keeps no momentum; choose 'yogi' or 'adam'"
+            )
+        if self.model.dtype == "bfloat16" and self.method.own_estimator == "zeroth_order":
+            raise ValueError(
+                "model.dtype = 'bfloat16': finite differences drown in its rounding; set 'float32', or 'auto', which "
+                "chooses that for them"
+            )
         for key in ("explore", "momentum"):
             if getattr(self.guide, key) and self.method.own_estimator not in ("guided", "auto"):
                 raise ValueError(
@@ -80,17 +107,6 @@ class RunConfig(Part):
                 "method.estimator = 'bottleneck' perturbs the output of LoRA's A, which this adapter does not train: "
                 "set adapter.kind = 'lora' with frozen = 'b' (or 'none'), or method.estimator = 'forward'"
             )
-        if self.server.aggregation != "mean" and METHODS[self.method.name].pacing == "pool":
-            raise ValueError(
-                f"server.aggregation = '{self.server.aggregation}': method '{self.method.name}' pools gradients over "
-                "rounds as a mean; leave it out, or bound clients with server.clip_norm"
-            )
-        names = [entry.name for entry in self.compare]
-        if len(set(names)) < len(names):
-            raise ValueError(f"compare: names must differ, got {names}")
-        labels = [self.label or self.method.name, *(entry.label or entry.name for entry in self.compare)]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"compare: plots would show runs of one name as one, got {labels}: give each a label")
         return self
 
     @model_validator(mode="after")

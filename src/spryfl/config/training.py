@@ -42,8 +42,8 @@ class ServerConfig(Part):
         None, description="over which the schedule runs: num_rounds by default, more for the beginning of a longer run"
     )
     warmup_rounds: int = Field(0, ge=0, description="in which the learning rate rises evenly")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.99, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam, yogi: momentum")
+    beta2: float = Field(0.99, ge=0, lt=1, description="adam, yogi: of the second moment")
     tau: PositiveFloat = Field(1e-3, description="adaptivity: added to the denominator")
     deadline_seconds: PositiveFloat | None = Field(
         None, description="a client stops itself when its task takes longer; the round goes on without it"

@@ -163,7 +163,9 @@ class Client(Generic[BatchT]):
         directions = self.training.directions(task)
         optimizer = self.training.new_optimizer({name: task.values[name] for name in task.parameters})
         losses, slopes, num_seen, gradients, halves = [], [], 0, {}, Halves()
-        random = torch.random.fork_rng(devices=self._accelerators())
+        device = next(self.model.parameters()).device
+        accelerators = [] if device.type == "cpu" else [device]
+        random = torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda")
         estimator, chunks = self._estimator(task), chunks_of(task.settings.chunk_bytes or self.training.chunk_bytes)
         with loaded(self.model, task.values), in_training(self.dropout), random, chunks:
             for step, rows in enumerate(self._batches(task)):
@@ -188,7 +190,7 @@ class Client(Generic[BatchT]):
         return ClientUpdate(
             round=task.round,
             client=task.client,
-            num_examples=num_seen // (self.training.epochs if self.training.pace == "epoch" else 1),
+            num_examples=num_seen // self.training.epochs if self.training.pace == "epoch" else len(self.data),
             loss=sum(losses) / num_seen if self.training.tells_loss else None,
             tensors={"values": optimizer.values, "gradients": gradients, "slopes": {}}[task.upload],
             slopes=torch.stack(slopes) if task.upload == "slopes" else None,
@@ -249,10 +251,6 @@ class Client(Generic[BatchT]):
             hashlib.blake2b(f"{task.seed}/{task.round}/{task.client}/{step}".encode(), digest_size=7).digest(), "little"
         )
         return BatchLoss(self.data, self.data.batch(rows.tolist()), seed)
-
-    def _accelerators(self) -> list[torch.device]:
-        device = next(self.model.parameters()).device
-        return [] if device.type == "cpu" else [device]
 
 
 def _require_time(task: ClientTask | EvaluationTask, seconds: float, done: str) -> None:

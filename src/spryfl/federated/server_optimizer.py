@@ -1,13 +1,14 @@
 """Server optimizers on the pseudo-gradient (Reddi et al. 2021, "Adaptive Federated Optimization").
 
     sgd:      x += lr D
-    adagrad:  m = b1 m + (1 - b1) D,  v = v + D^2
-    adam:     m as above,             v = b2 v + (1 - b2) D^2
-    yogi:     m as above,             v = v - (1 - b2) D^2 sign(v - D^2)
+    adagrad:  m = D,                  v = v + D^2
+    adam:     m = b1 m + (1 - b1) D,  v = b2 v + (1 - b2) D^2
+    yogi:     m as adam's,            v = v - (1 - b2) D^2 sign(v - D^2)
     the adaptive three:  x += lr m / (sqrt(v) + tau)
 
 D is the mean change that a parameter's clients propose (their mean minus the old value, or minus the mean
-gradient). v starts at tau^2 and there is no bias correction, as in the paper's algorithm 2.
+gradient). v starts at tau^2 and there is no bias correction, as in the paper's algorithm 2. Adagrad has no momentum, as
+in its experiments (b1 = 0).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +83,8 @@ class ServerUpdate:
                 continue
             m = moments.get(f"m/{name}", torch.zeros_like(delta))
             v = moments.get(f"v/{name}", torch.full_like(delta, self.tau**2))
-            m = self.beta1 * m + (1 - self.beta1) * delta
+            beta1 = 0.0 if self.kind == "adagrad" else self.beta1
+            m = beta1 * m + (1 - beta1) * delta
             v = SECOND_MOMENTS[self.kind](v, delta.square(), self.beta2)
             new_values[name] = values[name] + learning_rate * m / (v.sqrt() + self.tau)
             new_moments[f"m/{name}"], new_moments[f"v/{name}"] = m, v

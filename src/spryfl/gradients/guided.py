@@ -172,7 +172,7 @@ class GuidedGradient:
                 tangents[name][offset : offset + len(span)] = rows
         with traced.resumed(start):
             _, slopes = loss_and_slopes(model, loss, tangents)
-        slopes = slopes.double().cpu()
+        slopes = slopes.cpu().double()
         gradients: dict[str, Tensor] = {}
         for group, span, offset in zip(groups, spans, offsets, strict=True):
             weights = slopes[offset : offset + len(span)]

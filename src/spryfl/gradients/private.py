@@ -65,7 +65,7 @@ class PrivateSlopes:
                 f"privacy.level = 'example': {tuple(parts.shape)} parts of a loss, {num_examples} examples"
             )
         # An example's own slopes; one that overflowed must not tell so.
-        own = torch.nan_to_num(slopes.double().cpu() * num_examples, nan=0.0, posinf=0.0, neginf=0.0)
+        own = torch.nan_to_num(slopes.cpu().double() * num_examples, nan=0.0, posinf=0.0, neginf=0.0)
         factors = (self.clip / own.norm(dim=0)).clamp(max=1.0)
         noise = gaussian_noise(self.words, own.shape[:1]) * (self.noise_multiplier * self.clip)
         private = (torch.nan_to_num(own * factors).sum(1) + noise) / num_examples

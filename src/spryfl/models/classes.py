@@ -68,6 +68,10 @@ def quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+TOKENS_FIRST = frozenset({"xlnet"})
+"""Kinds of models whose hidden states are (tokens, batch, hidden): layers taken some rows at a time would mix texts."""
+
+
 def require_class(config: Any, name: str, task: TaskKind) -> None:
     """Raise ModelError if a task needs a model that this transformers configuration has none of.
 
@@ -77,6 +81,11 @@ def require_class(config: Any, name: str, task: TaskKind) -> None:
         raise ModelError(
             f"{name}: {config.model_type} has an encoder and a decoder, which no task here trains: take an encoder, "
             "such as BERT, or a decoder, such as Llama"
+        )
+    if config.model_type in TOKENS_FIRST:
+        raise ModelError(
+            f"{name}: {config.model_type} puts tokens before the batch, so its layers cannot be run some rows at a "
+            "time, as all methods here do: take another model, such as builtin:minilm"
         )
     made = MODEL_CLASSES[task]
     if made.auto.__name__ in (getattr(config, "auto_map", None) or {}):

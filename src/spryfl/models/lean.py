@@ -90,16 +90,17 @@ def _dora(layer: Any, name: str, x: Tensor) -> Tensor:
     """
     low, weight, scaling = _lora(layer, name, x)
     base, magnitude = layer.base_layer, layer.lora_magnitude_vector[name].weight
+    frozen = base.weight.T if layer.fan_in_fan_out else base.weight  # GPT-2's Conv1D holds (in, out)
     with torch.no_grad():
         a, b = split(layer.lora_A[name].weight)[0], split(weight)[0]
         wide = torch.promote_types(a.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(base.weight, dim=1, dtype=wide).square()
-        squares += 2 * scaling * (b * (base.weight @ a.T)).sum(1) + scaling**2 * (b * (b @ (a @ a.T))).sum(1)
+        squares = torch.linalg.vector_norm(frozen, dim=1, dtype=wide).square()
+        squares += 2 * scaling * (b * (frozen @ a.T)).sum(1) + scaling**2 * (b * (b @ (a @ a.T))).sum(1)
         lengths = squares.sqrt().to(a.dtype)
     if torch.is_grad_enabled():
-        moved = nn.functional.linear(x, base.weight) + scaling * nn.functional.linear(low, weight)
+        moved = nn.functional.linear(x, frozen) + scaling * nn.functional.linear(low, weight)
         return magnitude / lengths * moved + (0 if base.bias is None else base.bias)
-    scaled = scale_linear(add_linear(linear(x, base.weight), low, weight, scaling), magnitude / lengths)
+    scaled = scale_linear(add_linear(linear(x, frozen), low, weight, scaling), magnitude / lengths)
     return scaled if base.bias is None else scaled.add_(base.bias)
 
 

@@ -60,11 +60,18 @@ class WorkerRuntime:
         return self._each(_evaluate, tasks)
 
     def _each(self, work: Callable[[Any], Any], tasks: Sequence[ClientTask | EvaluationTask]) -> Iterator[Any]:
-        pool = self._pool = self._pool or self._start()
-        futures = {pool.submit(work, task): task for task in tasks}
+        try:
+            futures = self._submit(work, tasks)
+        except BrokenProcessPool:  # a worker died between rounds, with no task
+            self._pool = None
+            futures = self._submit(work, tasks)
         for future in as_completed(futures):
             self._before_client()
             yield self._answer(future, futures[future].client)
+
+    def _submit(self, work: Callable[[Any], Any], tasks: Sequence[ClientTask | EvaluationTask]) -> dict[Any, Any]:
+        pool = self._pool = self._pool or self._start()
+        return {pool.submit(work, task): task for task in tasks}
 
     def close(self) -> None:
         """Stop the workers; tasks not begun are dropped."""

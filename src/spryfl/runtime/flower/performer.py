@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from spryfl.workbench import Workbench
 
 
 def answer(order: Parcel) -> Parcel:
-    """Do what a parcel asks.
+    """Do what a parcel asks: see `prepare`."""
+    return prepare(order)()
+
+
+def prepare(order: Parcel) -> Callable[[], Parcel]:
+    """Load what a parcel asks for, which takes long at first.
+
+    Returns:
+        What then does it and answers.
 
     Args:
         order: its header holds `file` and `overrides` of the configuration, `client`, `data` (the path of the client's
@@ -29,16 +38,32 @@ def answer(order: Parcel) -> Parcel:
             its tensors are the task's.
     """
     header = json.loads(order.header)
-    result: ClientUpdate | ClientEvaluation | ClientFailure
+    if header["task"] is None:
+        return partial(_told, header, lambda: _presence(header))
+    names = ("file", "overrides") if header["shared"] else ("file", "overrides", "client", "data", "labels")
     try:
-        if header["task"] is None:
-            return _presence(header)
-        names = ("file", "overrides") if header["shared"] else ("file", "overrides", "client", "data", "labels")
         runtime = (_shared_runtime if header["shared"] else _runtime)(*(_frozen(header[name]) for name in names))
-        task = decode_task(Parcel(header["task"], order.tensors))
-        (result,) = runtime.evaluate([task]) if isinstance(task, EvaluationTask) else runtime.run([task])
+    except SpryError as error:
+        return partial(_told, header, partial(ClientFailure, header["client"], str(error)))
+    return partial(_told, header, lambda: _performed(runtime, Parcel(header["task"], order.tensors)))
+
+
+def _performed(runtime: InProcessRuntime, order: Parcel) -> ClientUpdate | ClientEvaluation | ClientFailure:
+    task = decode_task(order)
+    (result,) = runtime.evaluate([task]) if isinstance(task, EvaluationTask) else runtime.run([task])
+    return result
+
+
+def _told(
+    header: dict[str, Any], work: Callable[[], Parcel | ClientUpdate | ClientEvaluation | ClientFailure]
+) -> Parcel:
+    """What work comes to, as a parcel; an error is told in this process's log, and as much of it as may travel."""
+    try:
+        result = work()
     except SpryError as error:
         result = ClientFailure(header["client"], str(error))
+    if isinstance(result, Parcel):
+        return result
     if isinstance(result, ClientFailure) and result.kind == "raised":
         print(f"client {result.client}: {result.reason}", file=sys.stderr, flush=True)
         if header["data"] is not None:  # a message may quote a row

@@ -1,11 +1,13 @@
 """A client's process that outlives messages: Flower starts a new one for each, but torch and the model load once.
 
 The process that Flower starts for a message hands it on over a socket that only its user can reach. It waits no longer
-than the task's deadline, then kills the worker; the next message starts another. A worker ends with the process that
-started the client app (Flower's SuperExec, which lives as long as its SuperNode).
+than the task's deadline, and before that for a new worker to load model and data, then kills the worker; the next
+message starts another. A worker ends with the process that started the client app (Flower's SuperExec, which lives as
+long as its SuperNode).
 """
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -23,6 +25,8 @@ from spryfl.errors import SpryError
 from spryfl.runtime.parcels import Parcel, failure_parcel, receive_parcel, send_parcel
 
 START_SECONDS = 60.0
+LOADING_SECONDS = 900.0  # of a large model from a slow disk; no deadline, or who loads for longer never takes part
+LOADED = Parcel('{"kind": "loaded"}')
 LOOK_SECONDS = 1.0
 
 
@@ -30,20 +34,24 @@ def ask(order: Parcel, timeout: float | None, parent: int | None = None) -> Parc
     """Have the worker of this node answer, starting it if there is none.
 
     Args:
-        order: as `performer.answer` takes it.
-        timeout: seconds after which the worker is killed; None for no limit.
+        order: as `performer.prepare` takes it.
+        timeout: seconds after loading at which the worker is killed; None for no limit.
         parent: the process the worker belongs to; this process's parent by default.
     """
     with _connected(parent or os.getppid()) as connection:
-        connection.settimeout(timeout)
+        address = connection.getpeername()
+        seconds = timeout if _loaded(address).exists() else LOADING_SECONDS
         try:
+            connection.settimeout(seconds)
             send_parcel(connection, order)
+            receive_parcel(connection)
+            seconds = timeout
+            connection.settimeout(seconds)
             return receive_parcel(connection)
         except TimeoutError:
-            address = connection.getpeername()
             os.kill(_peer(connection), signal.SIGKILL)
             Path(address).unlink(missing_ok=True)  # until it is quite dead its socket would still take connections
-            return failure_parcel(f"stopped: it had not finished after {timeout:g} s", "deadline")
+            return failure_parcel(f"stopped: it had not finished after {seconds:g} s", "deadline")
         except ConnectionError:
             return failure_parcel("its worker process died (out of memory?)", "lost")
 
@@ -57,6 +65,7 @@ def _connected(parent: int) -> Iterator[socket.socket]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if connection.connect_ex(address) != 0:
                 Path(address).unlink(missing_ok=True)
+                _loaded(address).unlink(missing_ok=True)
                 _start(address, parent)
                 _wait_for(connection, address)
         yield connection
@@ -72,6 +81,11 @@ def _private_folder(parent: int) -> Path:
     folder = own / str(parent)
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def _loaded(address: str) -> Path:
+    """There once the worker has loaded model and data, which a task's deadline must not count."""
+    return Path(address).with_name("loaded")
 
 
 def _start(address: str, parent: int) -> None:
@@ -100,12 +114,17 @@ def serve(address: str, parent: int) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        from spryfl.runtime.flower.performer import answer  # torch: only once the socket is there
+        from spryfl.runtime.flower.performer import prepare  # torch: only once the socket is there
 
         while True:
             connection, _ = listener.accept()
             with connection, suppress(ConnectionError):  # whoever asked may be gone
-                send_parcel(connection, answer(receive_parcel(connection)))
+                order = receive_parcel(connection)
+                perform = prepare(order)
+                if json.loads(order.header)["task"] is not None:  # to say who it is takes no data
+                    _loaded(address).touch()
+                send_parcel(connection, LOADED)
+                send_parcel(connection, perform())
 
 
 def _end_with(parent: int, folder: Path) -> None:
