@@ -3,7 +3,16 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, Gemma2Config, LlamaConfig, MambaConfig, XLNetConfig
+from transformers import (
+    BertConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    XLNetConfig,
+)
 
 from families import FAMILIES, batch_loss, build, padded_batch, trainable
 from spryfl.config import TaskKind
@@ -134,10 +143,19 @@ def test_a_model_that_transformers_has_no_class_of_is_refused(task: TaskKind) ->
         require_class(MambaConfig(), "folder", task)
 
 
-def test_a_model_whose_tokens_come_first_is_refused() -> None:
-    """Some rows at a time its layers would mix texts."""
-    with pytest.raises(ModelError, match="xlnet puts tokens before the batch"):
-        require_class(XLNetConfig(), "folder", "classification")
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (XLNetConfig(), "xlnet puts tokens before the batch"),
+        (BloomConfig(), "bloom puts the batch and heads into one dimension"),
+        (FalconConfig(alibi=True), "falcon puts the batch and heads into one dimension"),
+    ],
+)
+def test_a_model_that_cannot_run_some_rows_at_a_time_is_refused(config: PreTrainedConfig, reason: str) -> None:
+    """Its layers would mix texts, or fail once a batch is too large for a chunk."""
+    with pytest.raises(ModelError, match=reason):
+        require_class(config, "folder", "classification")
+    require_class(FalconConfig(), "falcon", "classification")
 
 
 def test_checking_an_adapted_model_leaves_its_operators() -> None:

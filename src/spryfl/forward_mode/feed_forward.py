@@ -7,7 +7,6 @@ at a time, they shrink to a byte budget.
 
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,14 +58,14 @@ def _widest(module: nn.Module) -> int:
     return max(features or [max(parameter.shape, default=1) for parameter in module.parameters()], default=1)
 
 
-def _in_chunks(module: nn.Module, block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _in_chunks(module: nn.Module, block: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function like `block`, (.., tokens, hidden size) to the same shape, some tokens at a time."""
     width = _widest(module)
 
     @wraps(block)  # transformers counts the arguments of its chunk functions
-    def chunked(hidden: Tensor, *more: Any) -> Tensor:
-        if torch.is_grad_enabled() or more:  # BLOOM's adds its residual itself
-            return block(hidden, *more)
+    def chunked(hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return block(hidden)
         k = num_tangents(hidden) or tangents_in_flight()
         token_bytes = WIDE_TENSORS * (1 + k) * width * hidden.element_size()
         step = max(enough_tokens(module, k), chunk_bytes(FEED_FORWARD_SHARE) // token_bytes)

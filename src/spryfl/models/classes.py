@@ -1,7 +1,7 @@
 """What kind of transformers model each task runs: a table."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -68,8 +68,12 @@ def quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-TOKENS_FIRST = frozenset({"xlnet"})
-"""Kinds of models whose hidden states are (tokens, batch, hidden): layers taken some rows at a time would mix texts."""
+MIXED_ROWS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("xlnet", lambda config: True, "tokens before the batch"),
+    ("bloom", lambda config: True, "the batch and heads into one dimension"),  # of its alibi
+    ("falcon", lambda config: config.alibi, "the batch and heads into one dimension"),
+)
+"""(kind of model, configurations of it, what it puts where) of those whose layers cannot take some rows at a time."""
 
 
 def require_class(config: Any, name: str, task: TaskKind) -> None:
@@ -82,11 +86,12 @@ def require_class(config: Any, name: str, task: TaskKind) -> None:
             f"{name}: {config.model_type} has an encoder and a decoder, which no task here trains: take an encoder, "
             "such as BERT, or a decoder, such as Llama"
         )
-    if config.model_type in TOKENS_FIRST:
-        raise ModelError(
-            f"{name}: {config.model_type} puts tokens before the batch, so its layers cannot be run some rows at a "
-            "time, as all methods here do: take another model, such as builtin:minilm"
-        )
+    for kind, concerned, mixed in MIXED_ROWS:
+        if config.model_type == kind and concerned(config):
+            raise ModelError(
+                f"{name}: {kind} puts {mixed}, so its layers cannot be run some rows at a time, as all methods here "
+                "do: take another model, such as builtin:minilm"
+            )
     made = MODEL_CLASSES[task]
     if made.auto.__name__ in (getattr(config, "auto_map", None) or {}):
         return
