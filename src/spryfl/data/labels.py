@@ -70,7 +70,7 @@ def _name(label: Any, names: Sequence[str] | None) -> Name:
     if label is None or label in ("", -1) or (isinstance(label, float) and isnan(label)):
         return None
     if names is not None:
-        return names[label]
+        return names[label] if 0 <= label < len(names) else str(label)
     if isinstance(label, float) and not label.is_integer():
         return str(label)
     return str(int(label)) if isinstance(label, int | float) else str(label)
