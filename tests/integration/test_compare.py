@@ -288,6 +288,9 @@ def test_what_no_one_foresaw_ends_its_own_run_alone(
     first.started = fail  # type: ignore[method-assign]
     with pytest.raises(SpryError, match=r"spry/0 failed: KeyError: .*; reviews/fedyogi/0 failed: KeyError"):
         compare(suite, suite.cells(), [first])
+    told = (suite.folder(suite.cells()[0]) / "failure.txt").read_text()
+    assert told.startswith("KeyError: 'index out of range in self'\nTraceback")  # where it was is not lost
+    assert "Traceback" not in (suite.out / "report.md").read_text()
     assert len(compare(suite, suite.cells())) == 2
 
 

@@ -1,4 +1,4 @@
-"""Whole runs: every method, resuming, killing, the saved adapter, the run directory."""
+"""Whole runs: every method, resuming, killing, the saved adapter."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from spryfl.config import RunConfig
-from spryfl.errors import ConfigError, DataError, RunDirectoryError
-from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
+from spryfl.errors import ConfigError
 from spryfl.federated.method import METHODS
-from spryfl.runtime.workers import WorkerRuntime
 from spryfl.suite import resume_suite, run_suite
-from spryfl.tracking.run_directory import RunDirectory, write_atomically
+from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
 SUMMARY_KEYS = {
@@ -160,41 +158,6 @@ def test_workers_give_the_same_run(tiny_config: Callable[..., RunConfig], tmp_pa
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_worker_that_dies_fails_its_tasks_and_is_replaced() -> None:
-    tasks = [ClientTask(1, client, 0, (), (), {}, "values") for client in range(3)]
-    runtime = WorkerRuntime(FragileRuntime, 1, None)
-    try:
-        assert all(isinstance(answer, ClientFailure) for answer in runtime.run(tasks))
-        (answer,) = runtime.run(tasks[1:2])
-        assert isinstance(answer, ClientUpdate)
-    finally:
-        runtime.close()
-
-
-def test_a_worker_that_died_between_rounds_is_replaced() -> None:
-    task = ClientTask(1, 1, 0, (), (), {}, "values")
-    runtime = WorkerRuntime(FragileRuntime, 1, None)
-    try:
-        assert isinstance(next(iter(runtime.run([task]))), ClientUpdate)
-        assert runtime._pool is not None
-        (worker,) = runtime._pool._processes.values()
-        worker.kill()
-        worker.join()
-        answers = [answer for _ in range(3) for answer in runtime.run([task])]
-        assert isinstance(answers[-1], ClientUpdate)
-    finally:
-        runtime.close()
-
-
-class FragileRuntime:
-    """Dies of client 0's task."""
-
-    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
-        if tasks[0].client == 0:
-            os._exit(1)
-        yield ClientUpdate(1, tasks[0].client, 1, 0.0)
-
-
 def test_spry_learns(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = tiny_config(
         server__num_rounds=40,
@@ -322,72 +285,6 @@ def test_compared_runs_and_resuming_them(tiny_config: Callable[..., RunConfig], 
     again = resume_suite(RunDirectory(tmp_path / "run"))
     assert [s.accuracy for s in again] == [s.accuracy for s in summaries]
     assert (tmp_path / "run/compare/backprop/events.jsonl").stat().st_mtime_ns == stamp  # nothing is repeated
-
-
-def test_a_run_directory_is_never_overwritten(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    run_suite(tiny_config(), tmp_path / "run")
-    with pytest.raises(RunDirectoryError, match="--resume"):
-        run_suite(tiny_config(), tmp_path / "run")
-    (tmp_path / "run/config.toml").unlink()  # its results are a run still
-    with pytest.raises(RunDirectoryError, match="already holds a run"):
-        run_suite(tiny_config(), tmp_path / "run")
-
-
-def test_a_run_that_never_began_leaves_its_name_free(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = tiny_config(method__name="fedavg", server__num_rounds=1)
-    wrong = config.model_copy(update={"data": config.data.model_copy(update={"label_column": "no_such"})})
-    with pytest.raises(DataError, match="no_such"):
-        run_suite(wrong, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("kept")
-    with pytest.raises(DataError, match="no_such"):
-        run_suite(wrong, tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
-    run_suite(config, tmp_path / "run")
-
-
-def test_a_damaged_checkpoint_is_named(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    run_suite(tiny_config(), tmp_path / "run")
-    (tmp_path / "run/summary.json").unlink()
-    (tmp_path / "run/checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(RunDirectoryError, match="damaged"):
-        resume_suite(RunDirectory(tmp_path / "run"))
-
-
-def test_an_adapter_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    """Tokenizers raise a plain exception where the disk is full."""
-    directory = RunDirectory(tmp_path)
-
-    def save(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "adapter.safetensors").write_bytes(b"old")
-
-    def fail(folder: Path) -> None:
-        folder.mkdir()
-        raise Exception("File too large (os error 27)")
-
-    directory.write_adapter(save)
-    with pytest.raises(RunDirectoryError, match=r"adapter cannot be written: File too large"):
-        directory.write_adapter(fail)
-    assert (directory.adapter / "adapter.safetensors").read_bytes() == b"old"
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_full_disk_loses_nothing(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "file"
-    write_atomically(file, b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(file, b"new")
-    assert file.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_nothing_leaves_the_machine(

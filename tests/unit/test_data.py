@@ -133,21 +133,25 @@ def test_what_is_not_chosen_in_silence(tmp_path: Path) -> None:
         load_rows(config, 0)
 
 
-def test_a_hub_dataset_whose_files_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found a.py"),
+            r"scripts are no longer supported.*: use a copy of it in Parquet",
+        ),
+        (
+            DatasetGenerationCastError("All the data files must have the same columns"),
+            r"on the hub, but cannot be read: All the data files must",
+        ),
+    ],
+)
+def test_a_hub_dataset_that_cannot_be_read(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise DatasetGenerationCastError("All the data files must have the same columns")
+        raise error
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(DataError, match=r"on the hub, but cannot be read: All the data files must"):
-        load_rows(DataConfig(name="someone/something"), 0)
-
-
-def test_a_hub_dataset_that_is_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("Dataset scripts are no longer supported, but found a.py")
-
-    monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(DataError, match=r"scripts are no longer supported.*: use a copy of it in Parquet"):
+    with pytest.raises(DataError, match=message):
         load_rows(DataConfig(name="someone/something"), 0)
 
 

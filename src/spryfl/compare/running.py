@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from traceback import format_exc
 
 from spryfl.compare.cells import Cell, Suite, in_order
 from spryfl.compare.checking import check_cells
@@ -47,11 +48,12 @@ def compare(
             except Exception as error:
                 if is_full_disk(error):  # which the others would meet too
                     raise
-                kind = "" if isinstance(error, SpryError) else f"{type(error).__name__}: "  # nobody foresaw it
-                failures.append(f"{cell.name} failed: {kind}{error}")
+                foreseen = isinstance(error, SpryError)
+                reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
+                failures.append(f"{cell.name} failed: {reason}")
                 tell(failures[-1])
                 if not isinstance(error, RunDirectoryError):  # then it is another's, or of other settings
-                    directory.write_failure(f"{kind}{error}")
+                    directory.write_failure(reason, "" if foreseen else format_exc())
             with suppress(RunDirectoryError):  # another process writes it, and has this run too, or the next one will
                 _in_turn(write_results, suite)
     finally:

@@ -24,18 +24,19 @@ def with_class_numbers(splits: Mapping[str, Dataset], config: DataConfig) -> tup
         DataError: a label that is no class, that is missing, or that train has not; a train split of one class.
     """
     column = config.label_column
-    given = {split: _names(rows, column) for split, rows in splits.items()}
-    names = _class_names(splits["train"], given["train"], column)
+    labels = {split: rows[column][:] for split, rows in splits.items()}
+    given = {split: _names(labels[split], rows.features[column]) for split, rows in splits.items()}
+    names = _class_names(labels["train"], splits["train"].features[column], given["train"], column)
     number = {name: index for index, name in enumerate(names)}
     numbered = {}
     for split, rows in splits.items():
         known = given[split]
-        if not any(name in number for name in known) and not _is_text(splits["train"][column][:]):
-            known = _by_number(rows[column][:], known, names)  # one of both has classes' names, the other numbers alone
+        if not any(name in number for name in known) and not _is_text(labels["train"]):
+            known = _by_number(labels[split], known, names)  # one of both has classes' names, the other numbers alone
         labelled = _labelled(known, config)
         wrong = [row for row in labelled if known[row] not in number]
         if wrong:
-            raise DataError(_told_of_wrong(rows, split, known, wrong, names, column))
+            raise DataError(_told_of_wrong(labels[split], split, known, wrong, names, column))
         numbered[split] = _relabelled(rows, column, [number.get(name or "", -1) for name in known], labelled)
     if len(set(numbered["train"][column][:])) < 2:
         raise DataError(f"data.label_column '{column}': all train rows have the same label; nothing can be learned")
@@ -50,20 +51,21 @@ def numbered_as(rows: Dataset, names: Sequence[str], config: DataConfig) -> Data
     """
     column = config.label_column
     number = {name: index for index, name in enumerate(names)}
-    own = _names(rows, column)
+    labels = rows[column][:]
+    own = _names(labels, rows.features[column])
     labelled = _labelled(own, config)
     unknown = next((row for row in labelled if own[row] not in number), None)
     if unknown is not None:
         raise DataError(
-            f"data.label_column '{column}': row {unknown} has {_shown_label(own[unknown], rows[column][unknown])}, "
+            f"data.label_column '{column}': row {unknown} has {_shown_label(own[unknown], labels[unknown])}, "
             f"which is none of the server's: {_shown(names)}"
         )
     return _relabelled(rows, column, [number.get(name or "", -1) for name in own], labelled)
 
 
-def _names(rows: Dataset, column: str) -> list[Name]:
-    feature = rows.features[column]
-    return [_name(label, feature.names if isinstance(feature, ClassLabel) else None) for label in rows[column][:]]
+def _names(labels: Sequence[Any], feature: Any) -> list[Name]:
+    own = feature.names if isinstance(feature, ClassLabel) else None
+    return [_name(label, own) for label in labels]
 
 
 def _name(label: Any, names: Sequence[str] | None) -> Name:
@@ -98,12 +100,10 @@ def _relabelled(rows: Dataset, column: str, numbers: Sequence[int], labelled: Se
     return rows.remove_columns(column).add_column(column, list(numbers)).select(labelled)
 
 
-def _class_names(rows: Dataset, given: Sequence[Name], column: str) -> tuple[str, ...]:
+def _class_names(labels: Sequence[Any], feature: Any, given: Sequence[Name], column: str) -> tuple[str, ...]:
     """One a class, in the order of their numbers: those that the file gives, or what train's labels are."""
-    feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
-    labels = rows[column][:]
     for row, label in enumerate(labels):
         if isinstance(label, list | dict):
             raise DataError(
@@ -136,20 +136,20 @@ def _class_names(rows: Dataset, given: Sequence[Name], column: str) -> tuple[str
 
 
 def _told_of_wrong(
-    rows: Dataset, split: str, known: Sequence[Name], wrong: Sequence[int], names: Sequence[str], column: str
+    labels: Sequence[Any], split: str, known: Sequence[Name], wrong: Sequence[int], names: Sequence[str], column: str
 ) -> str:
-    row, label = wrong[0], rows[column][wrong[0]]
+    row, label = wrong[0], labels[wrong[0]]
     missing = known[row] is None
     remedy = "Drop or mend those rows"
     if missing:
         remedy += ", or set data.drop_unlabelled = true"
     if label == -1:
         remedy += " (if -1 is a class, number classes from 0)"
-    if missing and split == "test" and len(wrong) == len(rows):  # as benchmarks that keep their answers have it
+    if missing and split == "test" and len(wrong) == len(labels):  # as benchmarks that keep their answers have it
         remedy = "Its labels seem to be withheld: set data.test_split = 'validation'"
     kind = "no label" if missing else "a label that train has not"
     return (
-        f"data.label_column '{column}': {len(wrong)} of {len(rows)} {split} rows have {kind}, first row {row} with "
+        f"data.label_column '{column}': {len(wrong)} of {len(labels)} {split} rows have {kind}, first row {row} with "
         f"{label!r}; labels are {_shown(names)}. {remedy}"
     )
 

@@ -63,6 +63,10 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def failure_file(self) -> Path:
+        return self.path / "failure.txt"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 
@@ -161,17 +165,14 @@ class RunDirectory:
         with _readable(self.summary_file):
             return Summary.from_row(json.loads(self.summary_file.read_text(encoding="utf-8")))
 
-    @property
-    def failure_file(self) -> Path:
-        return self.path / "failure.txt"
-
-    def write_failure(self, reason: str) -> None:
+    def write_failure(self, reason: str, trace: str = "") -> None:
+        """A line, and below it where in the code it was raised, if that is of use."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.failure_file, f"{reason}\n".encode())
+        write_atomically(self.failure_file, f"{' '.join(reason.split())}\n{trace}".encode())
 
     def read_failure(self) -> str | None:
         """Why the run's last attempt ended; None if it did not fail."""
-        return self.failure_file.read_text(encoding="utf-8").strip() if self.failure_file.is_file() else None
+        return self.failure_file.read_text(encoding="utf-8").split("\n")[0] if self.failure_file.is_file() else None
 
     def clear(self) -> None:
         """Remove what a run writes before its first event, and the folder unless it holds something else."""
