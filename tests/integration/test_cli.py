@@ -154,11 +154,18 @@ def test_init_gives_a_file_that_runs(
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["methods", "models", "datasets", "adapters"])
+@pytest.mark.parametrize("kind", ["methods", "models", "datasets", "adapters", "tasks", "settings"])
 def test_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     assert spry(monkeypatch, "list", kind, "--json") == 0
     names = [row["name"] for row in json.loads(capsys.readouterr().out)]
-    expected = {"methods": "spry", "models": "builtin:minilm", "datasets": "builtin:movie_reviews", "adapters": "lora"}
+    expected = {
+        "methods": "spry",
+        "models": "builtin:minilm",
+        "datasets": "builtin:movie_reviews",
+        "adapters": "lora",
+        "tasks": "prompted",
+        "settings": "server.learning_rate",
+    }
     assert expected[kind] in names
     assert spry(monkeypatch, "list", kind) == 0
     assert expected[kind] in capsys.readouterr().out

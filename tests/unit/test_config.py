@@ -1,10 +1,12 @@
 """A configuration is typed; a mistake is one message that names the remedy."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from spryfl.config import ADAPTER_KINDS, compared_configs, load_config, parse_config
+from spryfl.config import ADAPTER_KINDS, RunConfig, compared_configs, load_config, parse_config, with_overrides
+from spryfl.config.reference import setting_rows
 from spryfl.errors import ConfigError
 from spryfl.estimators import ESTIMATORS
 from spryfl.federated.method import METHODS
@@ -152,3 +154,14 @@ def test_the_demo_is_valid_and_fair() -> None:
             demo.model,
             demo.adapter,
         )
+
+
+def test_every_setting_is_told_and_its_default_is_the_one_it_has() -> None:
+    rows = {row["name"]: row for row in setting_rows()}
+    assert [name for name, row in rows.items() if not row["about"]] == []
+    told = {name: json.loads(row["default"]) for name, row in rows.items() if row["default"]}
+    assert parse_config(with_overrides({}, told)) == RunConfig()
+    assert rows["method.budget"]["values"] == "size"
+    assert rows["method.deal"]["values"] == '"unit" | "layer"'
+    assert rows["server.trim"]["values"] == "number > 0 and < 0.5"
+    assert rows["adapter.target_modules"]["values"] == "[string, ...]"

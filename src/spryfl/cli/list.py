@@ -17,18 +17,20 @@ class Kind(str, Enum):
     datasets = "datasets"
     adapters = "adapters"
     tasks = "tasks"
+    settings = "settings"
 
 
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """List the methods, built-in models, built-in datasets, adapters or tasks."""
+    """List the methods, built-in models, built-in datasets, adapters, tasks, or all settings of a run."""
     rows = _rows(kind)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -39,7 +41,7 @@ def list_(
     for column in columns:
         table.add_column(column.replace("_", " "), no_wrap=column == "name")
     for row in rows:
-        table.add_row(*(row[column] for column in columns))
+        table.add_row(*(escape(row[column]) for column in columns))
     console.print(table)
 
 
@@ -69,6 +71,10 @@ def _rows(kind: Kind) -> list[dict[str, str]]:
 
         own = [{"name": f"builtin:{n}", "about": d.summary} for n, d in BUILTIN_DATASETS.items()]
         return [*own, {"name": "HUB_ID or ./PATH", "about": "a hub dataset, or local Parquet, CSV or JSONL"}]
+    if kind is Kind.settings:
+        from spryfl.config.reference import setting_rows
+
+        return setting_rows()
     from spryfl.config import ADAPTER_KINDS, TASK_KINDS
 
     if kind is Kind.tasks:

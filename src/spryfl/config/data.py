@@ -32,8 +32,8 @@ class DataConfig(Part):
         False, description="leave out rows whose label is missing or -1, as SNLI's that annotators disagreed on"
     )
     max_tokens: Positive = Field(64, description="longer texts are truncated")
-    max_train_examples: Positive | None = None
-    max_test_examples: Positive | None = None
+    max_train_examples: Positive | None = Field(None, description="so many, drawn from the seed; all by default")
+    max_test_examples: Positive | None = Field(None, description="so many, drawn from the seed; all by default")
 
 
 TaskKind = Literal["classification", "prompted", "qa", "language_model"]
@@ -57,7 +57,7 @@ _OF_KINDS: dict[str, tuple[TaskKind, ...]] = {
 class TaskConfig(Part):
     """What a model is made to tell of a text."""
 
-    kind: TaskKind = "classification"
+    kind: TaskKind = Field("classification", description="see: spry list tasks")
     template: str | None = Field(
         None,
         description="prompted: the prompt, such as 'Review: {text}\\nSentiment:'; language_model: prompt and answer, "

@@ -21,7 +21,7 @@ NOT_OF_SLOPES: dict[str, str] = {
 class MethodConfig(Part):
     """The federated method and its estimator's settings."""
 
-    name: str = "spry"
+    name: str = Field("spry", description="see: spry list methods")
     estimator: Estimator | Literal["auto"] | None = Field(
         None,
         description="how clients estimate gradients, the method's own by default; auto: what goes furthest in a second "
@@ -150,10 +150,10 @@ class GuideConfig(Part):
     maps: Source | None = Field(None, description="backward maps written by spry fit-maps")
     text: Source | None = Field(None, description="public text: the server fits maps on it, and anew when they drift")
     text_columns: tuple[str, ...] | None = Field(None, description="in the public text; data.text_columns by default")
-    num_texts: Positive = 512
+    num_texts: Positive = Field(512, description="of the public text, that maps are fitted on")
     rank: Positive = Field(32, description="directions of the last hidden state's gradient that maps carry, at most")
     across: bool = Field(True, description="model the gradient on other tokens than the one the loss sits on")
-    ridge: PositiveFloat = 1e-3
+    ridge: PositiveFloat = Field(1e-3, description="penalty of the maps' least squares, in mean squares of their input")
     trust: float = Field(
         0.0, ge=0, description="units below maps take steps scaled by this power of their map's cosine; 0: full steps"
     )

@@ -51,7 +51,9 @@ LARGEST_XS = 32
 class AdapterConfig(Part):
     """What is trained beside the head."""
 
-    kind: Literal["lora", "dora", "lora_xs", "vera", "tinylora", "ia3", "bitfit", "head"] = "lora"
+    kind: Literal["lora", "dora", "lora_xs", "vera", "tinylora", "ia3", "bitfit", "head"] = Field(
+        "lora", description="see: spry list adapters"
+    )
     rank: Positive = Field(1, description="of the update: LoRA r; VeRA needs more, such as 256")
     alpha: PositiveFloat = Field(1.0, description="lora, dora: the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from spryfl.errors import ConfigError
 from spryfl.sizes import parse_size
@@ -30,7 +30,8 @@ def _home_is_known(name: str) -> str:
 
 Source = Annotated[str, AfterValidator(_home_is_known)]
 """A file or folder by path, or what has a name elsewhere."""
-Size = Annotated[int, BeforeValidator(_size)]
+Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": "string", "format": "size"})]
+"""Bytes, or text such as '64MiB'."""
 
 
 def flattened(table: Any, prefix: str = "") -> Any:

@@ -25,7 +25,7 @@ class RunConfig(Part):
     """A whole run."""
 
     label: str | None = Field(None, description="what displays and tables call the run; the method by default")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of every random draw; the same seed gives the same run")
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
@@ -39,7 +39,9 @@ class RunConfig(Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     clients: ClientsConfig = ClientsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    compare: tuple[CompareConfig, ...] = ()
+    compare: tuple[CompareConfig, ...] = Field(
+        (), description="runs beside this one, as [[compare]] tables of name, label and set = { 'part.key' = value }"
+    )
 
     @property
     def own_slopes(self) -> SlopesPer:

@@ -15,10 +15,10 @@ class LocalConfig(Part):
     epochs: Positive = Field(
         1, description="passes over a client's examples a round; per-iteration methods take 1 step"
     )
-    batch_size: Positive = 8
-    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: float = Field(0.0, ge=0)
+    batch_size: Positive = Field(8, description="examples a step, at most what a client holds")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("adamw", description="of clients, anew each round")
+    learning_rate: PositiveFloat = Field(1e-3, description="of clients' steps")
+    weight_decay: float = Field(0.0, ge=0, description="adamw: apart from the gradient; sgd, adam: added to it")
     logit_adjustment: float = Field(
         0.0,
         ge=0,
@@ -30,7 +30,7 @@ class LocalConfig(Part):
 class ServerConfig(Part):
     """The rounds, and what the server does with their updates."""
 
-    num_rounds: Positive = 30
+    num_rounds: Positive = Field(30, description="of which each asks a cohort once")
     cohort_size: Positive = Field(10, description="clients a round")
     sampling: SamplingKind = Field(
         "uniform", description="of cohorts: clients alike, or by their number of examples, who then weigh alike"
@@ -98,7 +98,7 @@ class EvaluationConfig(Part):
     """What the global model, and what clients make of it, is evaluated on, and how often."""
 
     every: Positive = Field(5, description="rounds between evaluations on the test split; the last one always is")
-    batch_size: Positive = 64
+    batch_size: Positive = Field(64, description="examples a pass; changes no score")
     held_out: float = Field(
         0.0, ge=0, lt=1, description="the part of each client's rows kept for its evaluation; 0: all are trained on"
     )
