@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from spryfl.config import RunConfig, parse_config, with_overrides
+
+settings.register_profile("ours", deadline=None, derandomize=True)  # the machine is shared; a test has its seed
+settings.load_profile("ours")
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "cast", "the", "a", "is", "was"]
 SHARED_DATA = Path(__file__).parents[2] / "shared/data"

@@ -31,6 +31,9 @@ from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
+_PATHS = {"model": ("name",), "data": ("name",), "guide": ("maps", "text")}
+"""Settings that may be local files or folders."""
+
 Connect = Callable[[Workbench, Callable[[], None]], AbstractContextManager[Runtime]]
 """(workbench, called where a run may stop) -> where the run's clients run."""
 
@@ -190,15 +193,17 @@ def _announce(event: RoundEvent, directory: RunDirectory, observers: Sequence[Ob
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Local files and folders by absolute path, so that a run can be resumed from anywhere."""
 
-    def absolute(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.resolve()) if path.exists() else name
+    def absolute(name: Any) -> Any:
+        path = Path(name).expanduser() if isinstance(name, str) else None
+        return name if path is None or not path.exists() else str(path.resolve())
 
-    parts: dict[str, Any] = {
-        "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
-        "data": config.data.model_copy(update={"name": absolute(config.data.name)}),
-        "guide": config.guide.model_copy(
-            update={key: absolute(name) for key in ("maps", "text") if (name := getattr(config.guide, key)) is not None}
-        ),
-    }
+    parts: dict[str, Any] = {}
+    for part, keys in _PATHS.items():
+        own = getattr(config, part)
+        parts[part] = own.model_copy(update={key: absolute(getattr(own, key)) for key in keys})
+    dotted = {f"{part}.{key}" for part, keys in _PATHS.items() for key in keys}
+    parts["compare"] = tuple(
+        entry.model_copy(update={"set": {k: absolute(v) if k in dotted else v for k, v in entry.set.items()}})
+        for entry in config.compare
+    )
     return config.model_copy(update=parts)

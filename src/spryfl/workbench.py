@@ -18,7 +18,7 @@ from spryfl.data.loading import Rows, load_own_rows, load_rows
 from spryfl.data.logit_adjustment import AdjustedClassification, label_offset
 from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
 from spryfl.data.task import Answers, Classifier, Evaluation, Sample, Task, TokenTask
-from spryfl.errors import DataError, nearest
+from spryfl.errors import ConfigError, DataError, nearest
 from spryfl.estimators import CHOSEN_AMONG, new_estimator
 from spryfl.federated.accounting import Accountant
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
@@ -134,7 +134,12 @@ class Workbench:
             sides = hold_out([*others, np.arange(len(rows.train))], config.evaluation.held_out, config.seed)
         else:
             whole = load_rows(config.data, config.seed, config.task)
-            training, held_out = (side[client] for side in share_out(config, whole))
+            shared = share_out(config, whole)
+            if client >= len(shared[0]):
+                raise ConfigError(
+                    f"partition-id {client}: the data make {len(shared[0])} clients, 0 to {len(shared[0]) - 1}"
+                )
+            training, held_out = (side[client] for side in shared)
             own = np.sort(np.concatenate([training, held_out]))
             rows = replace(whole, train=whole.train.select(own), test=whole.test.select([]))
             sides = ([*others, np.searchsorted(own, training)], [*others, np.searchsorted(own, held_out)])
@@ -212,7 +217,8 @@ class Workbench:
             places={} if config.guide.guess != "maps" else self.places,
             trust=config.guide.trust,
             momentum=config.method.own_estimator in ("guided", "auto") and config.guide.momentum,
-            sizes=tuple(map(len, self.partition)) if config.server.sampling == "size" else (),
+            sizes=() if config.partition.kind == "own" else tuple(map(len, self.partition)),
+            by_size=config.server.sampling == "size",
             pacing=method.pacing,
             variance_threshold=config.method.own_variance_threshold or math.inf,
             deadline_seconds=config.server.deadline_seconds,

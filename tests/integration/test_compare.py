@@ -20,10 +20,10 @@ from spryfl.compare.cells import Suite, chosen_cells
 from spryfl.compare.checking import check_cells
 from spryfl.compare.results import ResultRow
 from spryfl.compare.running import compare
-from spryfl.compare.search import read_outcome, spread_point
+from spryfl.compare.search import Outcome, read_outcome, spread_point
 from spryfl.compare.search import search as perform_search
 from spryfl.config import MethodEntry, RunConfig, SuiteConfig
-from spryfl.errors import SpryError
+from spryfl.errors import RunDirectoryError, SpryError
 from spryfl.run import hold_to
 from spryfl.tracking.events import RoundEvent, Summary
 from spryfl.tracking.lock import held
@@ -193,6 +193,52 @@ def test_an_estimator_draws_where_scores_are_better(
     rates = [t.settings["server.learning_rate"] for t in perform_search(suite, suite.cells()[0], []).trials]
     spread, drawn = rates[:15], rates[15:]
     assert median(drawn) < median(spread) / 4
+
+
+def test_trials_that_diverge_count_and_are_never_chosen(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rates from 1e-3 to 1, those above 0.18 end without an update and those above 0.03 without a score."""
+
+    def train(config: RunConfig, *_: object) -> SimpleNamespace:
+        rate = config.server.learning_rate or 0.0
+        if rate > 10**-0.75:
+            raise SpryError("round 1: no client returned a usable update")
+        return SimpleNamespace(metric="accuracy", score=math.nan if rate > 10**-1.5 else rate, test_loss=1.0)
+
+    def searched(low: float, name: str) -> Outcome:
+        search = {"trials": 5, "space": {"server.learning_rate": {"low": low, "high": 1.0}}}
+        suite = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search}), tmp_path / name)
+        return perform_search(suite, suite.cells()[0], [])
+
+    monkeypatch.setattr("spryfl.compare.search.run_in", train)
+    monkeypatch.setattr(RunDirectory, "read_events", lambda _: [None])  # each had begun
+    found = searched(1e-3, "some")
+    rates = [trial.settings["server.learning_rate"] for trial in found.trials]
+    assert [trial.score is None for trial in found.trials] == [rate > 10**-1.5 for rate in rates]
+    assert found.score == max(rate for rate in rates if rate <= 10**-1.5)
+    assert {trial.failure for trial in found.trials} >= {
+        "accuracy is nan",
+        "round 1: no client returned a usable update",
+    }
+    with pytest.raises(SpryError, match="every trial of the search failed: round 1"):
+        searched(0.5, "all")
+
+
+def test_a_full_disk_is_no_trials_fault(table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object) -> SimpleNamespace:
+        raise RunDirectoryError("the disk is full")
+
+    search = {"trials": 2, "space": {"server.learning_rate": {"low": 1e-3, "high": 1.0}}}
+    suite = Suite(SuiteConfig.model_validate(table | {"seeds": [0], "search": search}), tmp_path / "out")
+    monkeypatch.setattr(RunDirectory, "read_events", lambda _: [None])
+    with monkeypatch.context() as full:
+        full.setattr("spryfl.compare.search.run_in", train)
+        with pytest.raises(RunDirectoryError, match="the disk is full"):
+            perform_search(suite, suite.cells()[0], [])
+    fine = SimpleNamespace(metric="accuracy", score=0.5, test_loss=1.0)
+    monkeypatch.setattr("spryfl.compare.search.run_in", lambda *_: fine)
+    assert [trial.score for trial in perform_search(suite, suite.cells()[0], []).trials] == [0.5, 0.5]
 
 
 def test_trials_that_never_trained_do_not_count(

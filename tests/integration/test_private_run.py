@@ -1,6 +1,7 @@
 """Whole runs with privacy or against hostile clients: what is told of them, and what is refused."""
 
 import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,11 +49,21 @@ def test_delta_is_held_to_the_clients_that_a_column_makes(tiny_config: Callable[
 def test_private_examples(method: str, tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = tiny_config(privacy__level="example", method__name=method, server__num_rounds=2, **PRIVATE)
     (summary,) = run_suite(config, tmp_path)
-    assert summary.epsilon in [gaussian_epsilon(2.0, times, 1e-3) for times in (1, 2)]
+    asked = Counter(client for event in RunDirectory(tmp_path).read_events() for client in event.clients)
+    assert summary.epsilon == gaussian_epsilon(2.0, max(asked.values()), 1e-3)
     assert summary.loss is None  # clients do not tell it
     assert summary.num_refused == summary.num_failures == 0
     (resumed,) = resume_suite(RunDirectory(tmp_path))
     assert resumed == summary
+
+
+@pytest.mark.parametrize(("method", "passes"), [("spry", 3), ("spry_per_iteration", 1)])
+def test_an_example_pays_for_every_epoch(method: str, passes: int, tiny_config: Callable[..., RunConfig]) -> None:
+    bench = Workbench.from_config(
+        tiny_config(privacy__level="example", method__name=method, local__epochs=3, **PRIVATE)
+    )
+    assert bench.accountant is not None
+    assert bench.accountant.epsilon(1) == gaussian_epsilon(2.0, passes, 1e-3)
 
 
 def test_private_slopes_are_rebuilt_as_any_other(tiny_config: Callable[..., RunConfig]) -> None:

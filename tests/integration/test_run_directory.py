@@ -76,3 +76,16 @@ def test_a_full_disk_loses_nothing(
         write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_runs_go_on_from_another_folder(
+    tiny_config: Callable[..., RunConfig], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of them: also what a compared run sets is kept by absolute path."""
+    monkeypatch.chdir(tiny_data.parent)
+    compare = [{"name": "other", "set": {"method.name": "fedavg", "data.name": tiny_data.name}}]
+    run_suite(tiny_config(data__name=tiny_data.name, compare=compare, server__num_rounds=1), tmp_path / "run")
+    for file in (tmp_path / "run").rglob("summary.json"):
+        file.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert len(resume_suite(RunDirectory(tmp_path / "run"))) == 2

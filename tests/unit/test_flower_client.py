@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from flower_world import wait_for
 from spryfl.config import RunConfig, parse_config
 from spryfl.errors import ConfigError, SpryError
-from spryfl.federated.messages import ClientFailure, ClientTask, EvaluationTask
+from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.presets import FLOWER_APP
 from spryfl.runtime.flower import performer, warm
 from spryfl.runtime.flower.settings import partition_of, read_order
@@ -65,7 +66,7 @@ def test_a_clients_own_data_stays_with_it(
     answer = decode_update(performer.answer(order(tiny_file, task, data=str(own))), 1)
     assert answer.num_examples == 5  # one class alone is no problem: the server names the classes
     own.write_text(json.dumps({"text": "x", "label": "secret"}))
-    refused = decode_update(performer.answer(order(tiny_file, task, data=str(own), client=2)), 2)
+    refused = decode_update(performer.answer(order(tiny_file, task, data=str(own))), 1)  # as it is now, not as it was
     assert "secret" not in refused.reason
     assert "'secret', which is none of the server's: 0, 1" in capfd.readouterr().err
 
@@ -93,7 +94,7 @@ def test_a_client_holds_out_of_its_own_data(
     asked = EvaluationTask(1, 1, task.values)
     for num_rows, num_trained, num_held in ((10, 7, 3), (1, 1, 0)):
         own.write_text("\n".join(json.dumps({"text": "the film is bad", "label": 0}) for _ in range(num_rows)))
-        header = {"data": str(own), "overrides": [f"seed={num_rows}"]}
+        header = {"data": str(own)}
         assert decode_update(performer.answer(order(tiny_file, task, **header)), 1).num_examples == num_trained
         found = decode_evaluation(performer.answer(order(tiny_file, asked, **header)), 1)
         if num_held:
@@ -192,6 +193,29 @@ def test_run_config_and_node_config_are_checked(tiny_file: Path) -> None:
     for wrong in ({}, {"partition-id": 3}, {"partition-id": "0"}, {"partition-id": True}, {"partition-id": -1}):
         with pytest.raises(ConfigError, match="clients are 0 to 2"):
             partition_of(wrong, 3)
+    for key, wrong, message in (
+        ("set", "label='a", "No closing quotation: close what is quoted"),
+        ("wait-seconds", "soon", "wait-seconds='soon': give a number of seconds"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_order(tiny_file, {key: wrong})
+
+
+def test_where_a_column_decides_the_data_tell_how_many_clients_there_are(
+    tiny_table: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    partition = {"kind": "column", "column": "topic"}
+    server = {"num_rounds": 1, "cohort_size": 3}
+    file.write_text(tomli_w.dumps(tiny_table | {"partition": partition, "server": server}))
+    given = read_order(file, {})
+    assert partition_of({"partition-id": 150}, given.num_clients) == 150
+    with pytest.raises(ConfigError, match="clients are 0 and up"):
+        partition_of({"partition-id": -1}, given.num_clients)
+    task = replace(task_of(given.config), client=2)
+    assert isinstance(decode_update(performer.answer(order(file, task, client=2)), 2), ClientUpdate)
+    refused = decode_update(performer.answer(order(file, task, client=3)), 3)
+    assert refused.reason == "partition-id 3: the data make 3 clients, 0 to 2"
 
 
 def test_the_app_that_comes_with_the_package_is_valid() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.runtime.flower import runtime as flower_runtime
-from spryfl.runtime.flower.presence import Presence
+from spryfl.runtime.flower.presence import Presence, _read
 from spryfl.runtime.flower.runtime import FlowerRuntime
 from spryfl.runtime.flower.wire import parcel_of, to_content
 from spryfl.runtime.messages import decode_task, encode_answer
@@ -61,6 +62,7 @@ class Grid:
         self.nodes = nodes
         self.replies: dict[str, Message] = {}
         self.sent: list[tuple[int, ClientTask | EvaluationTask]] = []
+        self._numbers = count()
 
     def get_nodes(self) -> list[Any]:
         return [SimpleNamespace(node_id=i, last_activated_at=node.since) for i, node in self.nodes.items()]
@@ -68,7 +70,7 @@ class Grid:
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = f"m{len(ids)}-{id(message)}"
+            message.metadata.__dict__["_message_id"] = f"m{len(ids)}-{next(self._numbers)}"
             message.metadata.__dict__["_src_node_id"] = 1
             ids.append(message.metadata.message_id)
             content = self._answer(message.metadata.dst_node_id, parcel_of(message))
@@ -236,3 +238,38 @@ def test_late_updates_outlast_an_evaluation_and_late_evaluations_do_not() -> Non
     second = list(runtime.run([task(0, 2), task(1, 2)]))
     assert all(isinstance(a, ClientUpdate) for a in second)
     assert sorted((a.client, a.round) for a in second) == [(0, 2), (1, 1), (1, 2)]
+
+
+def test_a_node_of_another_base_model_does_not_put_out_the_honest_one() -> None:
+    grid = Grid({1: Node(0)})
+    lines: list[str] = []
+    presence = Presence(grid, "base", lines.append)
+    runtime = FlowerRuntime(grid, presence, {"labels": ["0", "1"]})
+    runtime.gather(1, 5)
+    grid.nodes[2] = Node(0, base="another")
+    for _ in range(2):  # it is asked, and its answer is there at the next look
+        presence.look()
+    assert "node 2 is refused as client 0, which another node is" in lines[-1]
+    (answer,) = runtime.run([task(0)])
+    assert isinstance(answer, ClientUpdate)
+    assert grid.sent[0][0] == 1
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "[" * 100_000,
+        "null",
+        "{}",
+        *(
+            json.dumps(row)
+            for row in ({"kind": "presence", "client": True, "base": "b"}, {"kind": "presence", "client": 0, "base": 1})
+        ),
+    ],
+    ids=range(6),
+)
+def test_who_a_node_is_makes_no_sense(header: str) -> None:
+    client, _, problem = _read(Parcel(header))
+    assert client is None
+    assert problem.startswith("its answer to who it is")

@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+import struct
 import threading
 from dataclasses import replace
 
@@ -17,12 +18,10 @@ from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTas
 from spryfl.runtime.messages import decode_evaluation, decode_task, decode_update, encode_answer, encode_task
 from spryfl.runtime.parcels import Parcel, receive_parcel, send_parcel
 
-VALUES = {"low.a": torch.randn(2, 3), "high.b": torch.zeros(0), "head": torch.tensor(1e-42)}
+VALUES = {"low.a": torch.linspace(-1, 2, 6).reshape(2, 3), "high.b": torch.zeros(0), "head": torch.tensor(1e-42)}
 TASK = ClientTask(3, 7, 2**62 + 1, ("low", "head"), ("low.a", "head"), VALUES, "values", groups=(("low.a",), ("head",)))
 EVALUATION = ClientEvaluation(3, 7, 5, 0.1 + 0.2, {"accuracy": 1 / 3, "f1": 1.0})
 UPDATE = ClientUpdate(3, 7, 5, 0.1 + 0.2, {"low.a": VALUES["low.a"]}, None, 1.5, 0.5, 10)
-
-SLOPES = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9)
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -180,3 +179,11 @@ def test_parcels_pass_a_stream_whole() -> None:
         one.close()
         with pytest.raises(ConnectionError):
             receive_parcel(other)
+
+
+def test_a_shape_that_no_tensor_has_is_refused() -> None:
+    """Its bytes, none, are what the header says, so that only making the tensor can fail."""
+    head = json.dumps({"tensors/a": {"dtype": "F32", "shape": [0, 2**64 - 1], "data_offsets": [0, 0]}}).encode()
+    answer = decode_update(replace(encode_answer(UPDATE), tensors=struct.pack("<Q", len(head)) + head), 7)
+    assert isinstance(answer, ClientFailure)
+    assert (answer.kind, "tensors cannot be read" in answer.reason) == ("refused", True)

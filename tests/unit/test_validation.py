@@ -62,6 +62,7 @@ def malform(update: ClientUpdate, rng: random.Random) -> ClientUpdate:
     changes: list[dict[str, object]] = [{"tensors": tensors} for tensors in broken_tensors]
     changes += [{"num_examples": wrong} for wrong in (0, -3, 2.0, "9", None, True, 10**400)]
     changes += [{"loss": wrong} for wrong in (float("nan"), float("inf"), None, "0")]
+    changes += [{"variance": wrong} for wrong in (-1.0, float("nan"), float("inf"), "1", True)]
     changes += [{"round": update.round + rng.choice([-1, 1])}, {"client": 99}, {"slopes": torch.zeros(2, 2)}]
     return replace(update, **rng.choice(changes))
 
@@ -210,3 +211,24 @@ def test_units_nobody_returned_go_first_next_round() -> None:
     low, high = ("low",), ("high",)
     assert dealt == [[low, high, low], [high, low, high], [low, high, low]]
     assert state.overdue == ()
+
+
+def test_no_client_has_more_examples_than_it_was_dealt() -> None:
+    """They are its weight, and of slopes the steps that the server replays."""
+    dealt = replace(federation(), sizes=(5, 4, 5))
+
+    class Inflated:
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+            yield from (replace(honest(task), num_examples=5) for task in tasks)
+
+    _, report = run_round(FederatedState(0, VALUES), dealt, Inflated())
+    assert [(own.client, own.reason) for own in report.refused] == [
+        (1, "num_examples is above 4, which is the most it can have")
+    ]
+    assert report.clients == (0, 2)
+
+
+def test_tensors_where_slopes_were_asked_for_are_refused() -> None:
+    task = ClientTask(1, 0, 0, ("low",), UNITS["low"], VALUES, "slopes")
+    with pytest.raises(UpdateRefusedError, match="it sent tensors where slopes were asked for"):
+        validate_update(replace(honest(task), slopes=torch.zeros(2, 2)), task, (2, 2))

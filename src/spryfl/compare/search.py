@@ -199,7 +199,8 @@ def _perform(suite: Suite, cell: Cell, study: "Study", number: int, observers: S
     try:
         summary = run_in(config, folder, observers, label)
     except FAILURES as error:
-        if not RunDirectory(folder).read_events():  # nothing was trained: not for the settings' sake
+        # Where nothing was trained, or nothing could be written, it was not for the settings' sake.
+        if isinstance(error, RunDirectoryError) or not RunDirectory(folder).read_events():
             raise
         trial.set_user_attr("failure", str(error))
         study.tell(trial, state=TrialState.PRUNED)

@@ -9,7 +9,7 @@ from spryfl.errors import UpdateRefusedError
 from spryfl.federated.aggregation import Contribution
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
 from spryfl.federated.state import Federation
-from spryfl.federated.validation import require_norm, validate_update
+from spryfl.federated.validation import MAX_EXAMPLES, require_norm, validate_update
 from spryfl.gradients.estimator import gradient_from_slopes
 
 
@@ -39,7 +39,13 @@ def collect_answers(runtime: Runtime, tasks: Sequence[ClientTask], federation: F
         task = open_tasks.pop(answer.client, None)
         try:
             validate_update(
-                answer, task, _slopes_shape(answer, task, federation), tells_loss=federation.training.tells_loss
+                answer,
+                task,
+                _slopes_shape(answer, task, federation),
+                tells_loss=federation.training.tells_loss,
+                most_examples=federation.sizes[answer.client]
+                if task is not None and federation.sizes
+                else MAX_EXAMPLES,
             )
             assert task is not None
             change = proposed_change(answer, task, federation)

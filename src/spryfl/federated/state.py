@@ -53,7 +53,8 @@ class Federation:
         places: unit -> the calls of layers it lies in, whose backward maps its clients need.
         trust: the power of its map's cosine by which the step of a unit that trains along a guess is scaled.
         momentum: whether clients are sent the server's momentum of their parameters.
-        sizes: examples of each client, where cohorts are sampled by size; empty for uniform cohorts.
+        sizes: examples that each client trains on; empty where the server cannot know.
+        by_size: sample cohorts by them, not uniformly.
         pacing, variance_threshold: what becomes of gradients that vary too much (`federated.pacing`).
         deadline_seconds: of each task; None: clients take what time they need.
         quorum: the least share of a round's tasks that must bring a usable update; one update at least.
@@ -79,6 +80,7 @@ class Federation:
     momentum: bool = False
     blocks: tuple[tuple[str, ...], ...] = ()
     sizes: tuple[int, ...] = ()
+    by_size: bool = False
     pacing: Pacing = "none"
     variance_threshold: float = math.inf
     deadline_seconds: float | None = None
@@ -91,7 +93,7 @@ class Federation:
 
     @cached_property
     def sampling(self) -> Sampling:
-        return Sampling(self.num_clients, self.cohort_size, self.sizes)
+        return Sampling(self.num_clients, self.cohort_size, self.sizes if self.by_size else ())
 
 
 @dataclass(frozen=True)

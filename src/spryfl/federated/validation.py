@@ -15,7 +15,12 @@ UNBOUNDED = frozenset({"perplexity"})
 
 
 def validate_update(
-    update: ClientUpdate, task: ClientTask | None, slopes_shape: tuple[int, int] | None, *, tells_loss: bool = True
+    update: ClientUpdate,
+    task: ClientTask | None,
+    slopes_shape: tuple[int, int] | None,
+    *,
+    tells_loss: bool = True,
+    most_examples: int = MAX_EXAMPLES,
 ) -> None:
     """Check an update against the task its sender was given.
 
@@ -24,6 +29,7 @@ def validate_update(
         task: what that client was asked for this round; None if nothing.
         slopes_shape: (steps, K for each group) expected for upload "slopes"; None for other uploads.
         tells_loss: whether it must tell its training loss; if not, it must not.
+        most_examples: that its sender can have trained on: they are its weight, and of slopes the steps to replay.
 
     Raises:
         UpdateRefusedError: the first thing wrong, by name.
@@ -32,7 +38,7 @@ def validate_update(
         raise UpdateRefusedError("it was not asked for an update this round, or has already sent one")
     if update.round != task.round:
         raise UpdateRefusedError(f"it is for round {update.round}, not {task.round}")
-    _validate_count(update.num_examples)
+    _validate_count(update.num_examples, most_examples)
     if not tells_loss:
         if update.loss is not None:
             raise UpdateRefusedError("it told its training loss, which is private in this run")
@@ -61,7 +67,7 @@ def validate_evaluation(evaluation: ClientEvaluation, task: EvaluationTask | Non
         raise UpdateRefusedError("it was not asked for an evaluation, or has already sent one")
     if evaluation.round != task.round:
         raise UpdateRefusedError(f"its evaluation is for round {evaluation.round}, not {task.round}")
-    _validate_count(evaluation.num_examples)
+    _validate_count(evaluation.num_examples, MAX_EXAMPLES)
     if not isinstance(evaluation.metrics, Mapping) or metric not in evaluation.metrics:
         raise UpdateRefusedError(f"its evaluation has no {metric}")
     for name, value in {"loss": evaluation.loss, **evaluation.metrics}.items():
@@ -69,11 +75,11 @@ def validate_evaluation(evaluation: ClientEvaluation, task: EvaluationTask | Non
             raise UpdateRefusedError(f"its {name} is {value!r}")
 
 
-def _validate_count(count: object) -> None:
+def _validate_count(count: object, most: int) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UpdateRefusedError(f"num_examples is {count!r}, not a positive whole number")
-    if count > MAX_EXAMPLES:  # in JSON a number has as many digits as its sender likes; as a weight it must be a float
-        raise UpdateRefusedError(f"num_examples is above {MAX_EXAMPLES:,}")
+    if count > most:  # in JSON a number has as many digits as its sender likes; as a weight it must be a float
+        raise UpdateRefusedError(f"num_examples is above {most:,}, which is the most it can have")
 
 
 def require_norm(change: Mapping[str, Tensor], bound: float | None) -> None:

@@ -60,9 +60,9 @@ class InProcessRuntime:
         tokens, kind = self._batch_tokens(task.client), (len(task.units), task.settings)
         if tokens <= self._metered.get(kind, 0):
             return client.update(task)
-        self._metered[kind] = tokens
         with ActivationMeter() as meter:
             update = client.update(task)
+        self._metered[kind] = tokens  # one that failed on its way was not
         return replace(update, peak_activation_bytes=meter.peak_bytes)
 
 

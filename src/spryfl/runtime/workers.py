@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any
@@ -49,10 +49,10 @@ class WorkerRuntime:
         self._num_workers = num_workers
         self._num_threads = num_threads
         self._before_client = before_client
-        self._pool: ProcessPoolExecutor | None = None
+        self._workers: dict[int, ProcessPoolExecutor] = {}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
-        """See `Runtime.run`. A worker that dies fails its tasks; the next round starts new ones."""
+        """See `Runtime.run`. A worker that dies fails its task; another takes its place."""
         return self._each(_perform, tasks)
 
     def evaluate(self, tasks: Sequence[EvaluationTask]) -> Iterator[ClientEvaluation | ClientFailure]:
@@ -60,39 +60,55 @@ class WorkerRuntime:
         return self._each(_evaluate, tasks)
 
     def _each(self, work: Callable[[Any], Any], tasks: Sequence[ClientTask | EvaluationTask]) -> Iterator[Any]:
+        """A task to every worker, and the next one to whichever has finished."""
+        waiting = iter(tasks)
+        running: dict[Future[Any], tuple[int, int]] = {}  # to worker and client
+
+        def give(worker: int) -> None:
+            task = next(waiting, None)
+            if task is not None:
+                running[self._submit(worker, work, task)] = worker, task.client
+
+        for worker in range(self._num_workers):
+            give(worker)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                worker, client = running.pop(future)
+                answer = self._answer(future, worker, client)
+                give(worker)
+                self._before_client()
+                yield answer
+
+    def _submit(self, worker: int, work: Callable[[Any], Any], task: ClientTask | EvaluationTask) -> "Future[Any]":
         try:
-            futures = self._submit(work, tasks)
-        except BrokenProcessPool:  # a worker died between rounds, with no task
-            self._pool = None
-            futures = self._submit(work, tasks)
-        for future in as_completed(futures):
-            self._before_client()
-            yield self._answer(future, futures[future].client)
+            return self._started(worker).submit(work, task)
+        except BrokenProcessPool:  # it died between rounds, with no task
+            del self._workers[worker]
+            return self._started(worker).submit(work, task)
 
-    def _submit(self, work: Callable[[Any], Any], tasks: Sequence[ClientTask | EvaluationTask]) -> dict[Any, Any]:
-        pool = self._pool = self._pool or self._start()
-        return {pool.submit(work, task): task for task in tasks}
-
-    def close(self) -> None:
-        """Stop the workers; tasks not begun are dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
-
-    def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self._num_workers,
-            mp_context=get_context("spawn"),  # forking a process that runs threads can deadlock
-            initializer=_start_worker,
-            initargs=(self._make_local, self._num_threads),
-        )
-
-    def _answer(self, future: "Future[Any]", client: int) -> Any:
+    def _answer(self, future: "Future[Any]", worker: int, client: int) -> Any:
         try:
             return future.result()
         except BrokenProcessPool:
-            self._pool = None
+            del self._workers[worker]
             return ClientFailure(client, "its worker process died (out of memory?)", "lost")
+
+    def close(self) -> None:
+        """Stop the workers; tasks not begun are dropped."""
+        for worker in self._workers.values():
+            worker.shutdown(wait=True, cancel_futures=True)
+        self._workers.clear()
+
+    def _started(self, worker: int) -> ProcessPoolExecutor:
+        """A pool of one process for each worker: one that dies breaks its pool, and so all that the pool was given."""
+        if worker not in self._workers:
+            self._workers[worker] = ProcessPoolExecutor(
+                1,
+                mp_context=get_context("spawn"),  # forking a process that runs threads can deadlock
+                initializer=_start_worker,
+                initargs=(self._make_local, self._num_threads),
+            )
+        return self._workers[worker]
 
 
 def _start_worker(make_local: Callable[[], Runtime], num_threads: int | None) -> None:

@@ -1,6 +1,7 @@
 """The live display of a run, and the table at its end."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ class ConsoleObserver:
 
     def __init__(self, labels: Sequence[str], num_rounds: Sequence[int], *, hidden: bool) -> None:
         self._console = Console(stderr=True, quiet=hidden)
+        self._say = _as_it_stands(self._console)
         bar = (BarColumn(bar_width=12),) if self._console.width >= WIDE else ()
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
@@ -90,19 +92,17 @@ class ConsoleObserver:
             fields["score"] = f"{_SHORT.get(metric, metric)} {event.score:.3f}".replace(" 0.", " .")
         self._progress.update(self._current, completed=event.round, **fields)
         for problem in (*event.failures, *event.refused):
-            self._console.print(f"[red]round {event.round}: client {problem}", highlight=False)
+            self._say(f"round {event.round}: client {problem}", style="red")
         if event.unheld and event.unheld != self._unheld:
             self._unheld = event.unheld
             text = f"round {event.round}: no client of the cohort has the memory for {', '.join(event.unheld)}"
-            self._console.print(f"[yellow]{text}", highlight=False, soft_wrap=True)
+            self._say(text, style="yellow")
         self._print_choices(event)
         if self._tells_rounds and not self._console.is_terminal and event.score is not None:
             loss = "" if event.loss is None else f", loss {event.loss:.3f}"
-            self._console.print(
+            self._say(
                 f"{self._label}: round {event.round}{loss}, {metric} {event.score:.3f}, {fields['up']}, "
-                f"{fields['down']}, {fields['peak']}",
-                highlight=False,
-                soft_wrap=True,
+                f"{fields['down']}, {fields['peak']}"
             )
 
     def _print_choices(self, event: RoundEvent) -> None:
@@ -112,8 +112,7 @@ class ConsoleObserver:
             key = (name, why.partition(" with ")[0] if why.startswith("fits ") else "")
             if name and (self._label, *key) not in self._chosen:
                 self._chosen.add((self._label, *key))
-                text = f"round {event.round}: client {own['client']} uses {name}: {why}"
-                self._console.print(text, highlight=False, soft_wrap=True)
+                self._say(f"round {event.round}: client {own['client']} uses {name}: {why}")
 
     def finished(self, summary: Summary) -> None:
         """See `Observer.finished`."""
@@ -123,30 +122,31 @@ class ConsoleObserver:
 def print_results(summaries: Sequence[Summary], directory: Path, console: Console | None = None) -> None:
     """The table at the end of a run, and where everything lies; on standard output by default."""
     console = console or Console()
+    say = _as_it_stands(console)
     console.print(results_table(summaries))
     first = summaries[0]
-    console.print(
+    say(
         f"{first.model} on {first.dataset}: {first.rounds} rounds, {first.cohort_size} of {first.num_clients} clients "
         f"a round, {first.trainable_parameters:,} trainable parameters, seed {first.seed}",
-        highlight=False,
+        soft_wrap=False,
     )
     for summary in summaries:
         for text in _held_out_lines(summary):
-            console.print(text, highlight=False, soft_wrap=True)
+            say(text)
     if first.unheld_units:
-        names = ", ".join(first.unheld_units)
-        console.print(f"Untrained, as no client has the memory: {names}", highlight=False, soft_wrap=True)
+        say(f"Untrained, as no client has the memory: {', '.join(first.unheld_units)}")
     for s in summaries:
         if s.epsilon is not None:
-            console.print(
+            say(
                 f"{s.label}: differential privacy of each {s.privacy}, epsilon {s.epsilon:.3g} at delta {s.delta:g} "
-                "(docs/privacy.md says what that covers)",
-                highlight=False,
-                soft_wrap=True,
+                "(docs/privacy.md says what that covers)"
             )
-    console.print(
-        f"Run directory: {directory} (adapter/, events.jsonl, summary.json, plots)", highlight=False, soft_wrap=True
-    )
+    say(f"Run directory: {directory} (adapter/, events.jsonl, summary.json, plots)")
+
+
+def _as_it_stands(console: Console) -> Callable[..., None]:
+    """Prints text as it is: names and reasons may hold brackets, which are no markup."""
+    return partial(console.print, highlight=False, soft_wrap=True, markup=False)
 
 
 def _held_out_lines(summary: Summary) -> list[str]:

@@ -44,11 +44,11 @@ class SuiteConsole(ConsoleObserver):
             done = f"[{self._num_done}/{len(self._labels)}] "
         score = "" if summary.score is None else f"{summary.metric} {summary.score:.3f}, "
         text = f"{done}{summary.label}: {score}{summary.client_cpu_seconds:.0f} s of clients' CPU"
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self._say(text)
 
     def tell(self, problem: str) -> None:
         """A line above the display."""
-        self._console.print(problem, style="red", highlight=False, soft_wrap=True, markup=False)
+        self._say(problem, style="red")
 
     def _remove_present(self) -> None:
         if self._current != self._all:

@@ -62,7 +62,7 @@ def _answer(config_file: Path, message: Message, context: Context) -> Parcel:
     header = {
         "file": str(order.file.resolve()),
         "overrides": order.overrides,
-        "client": partition_of(context.node_config, order.config.partition.num_clients),
+        "client": partition_of(context.node_config, order.num_clients),
         "data": None if data is None else str(data),
         "labels": json.loads(about_of(message))["labels"] if is_task else None,
         "shared": simulated and data is None,

@@ -41,8 +41,9 @@ def prepare(order: Parcel) -> Callable[[], Parcel]:
     if header["task"] is None:
         return partial(_told, header, lambda: _presence(header))
     names = ("file", "overrides") if header["shared"] else ("file", "overrides", "client", "data", "labels")
+    loaded = [_frozen(header[name]) for name in names]
     try:
-        runtime = (_shared_runtime if header["shared"] else _runtime)(*(_frozen(header[name]) for name in names))
+        runtime = _shared_runtime(*loaded) if header["shared"] else _runtime(*loaded, _written(header["data"]))
     except SpryError as error:
         return partial(_told, header, partial(ClientFailure, header["client"], str(error)))
     return partial(_told, header, lambda: _performed(runtime, Parcel(header["task"], order.tensors)))
@@ -84,9 +85,14 @@ def _fingerprint(file: str, overrides: tuple[str, ...]) -> str:
 
 @lru_cache(maxsize=1)
 def _runtime(
-    file: str, overrides: tuple[str, ...], client: int, data: str | None, labels: tuple[str, ...]
+    file: str,
+    overrides: tuple[str, ...],
+    client: int,
+    data: str | None,
+    labels: tuple[str, ...],
+    written: tuple[tuple[str, int, int], ...],
 ) -> InProcessRuntime:
-    """The client's model and data; kept while the process lives and is asked for the same."""
+    """The client's model and data; kept while the process lives and is asked for the same, unchanged since."""
     bench = Workbench.of_client(_configured(file, overrides), client, data, labels)
     return InProcessRuntime(bench.client, bench.batch_tokens)
 
@@ -96,6 +102,15 @@ def _shared_runtime(file: str, overrides: tuple[str, ...]) -> InProcessRuntime:
     """One model and all rows, for every client of a simulation that this process is asked to be."""
     bench = Workbench.from_config(_configured(file, overrides))
     return InProcessRuntime(bench.client, bench.batch_tokens)
+
+
+def _written(data: str | None) -> tuple[tuple[str, int, int], ...]:
+    """Path, time of writing (ns) and bytes of every file of the client's own data."""
+    if data is None:
+        return ()
+    given = Path(data).expanduser()
+    found = [(file, file.stat()) for file in sorted(given.rglob("*") if given.is_dir() else [given]) if file.exists()]
+    return tuple((str(file), status.st_mtime_ns, status.st_size) for file, status in found)
 
 
 def _configured(file: str, overrides: tuple[str, ...]) -> RunConfig:

@@ -74,9 +74,13 @@ class Presence:
         if client is None:
             self._told(f"node {session.node} takes no part: {problem}")
         elif base != self._base:
-            self.refused[client] = f"it holds another base model ({base[:12]}) than this run's ({self._base[:12]})"
+            problem = f"it holds another base model ({base[:12]}) than this run's ({self._base[:12]})"
+            if self.session(client) not in (None, session):  # one misconfigured node is not to put out an honest one
+                self._told(f"node {session.node} is refused as client {client}, which another node is: {problem}")
+                return
+            self.refused[client] = problem
             self._sessions.pop(client, None)
-            self._told(f"client {client} is refused: {self.refused[client]}")
+            self._told(f"client {client} is refused: {problem}")
         else:
             self.refused.pop(client, None)
             self._sessions[client] = session
@@ -90,7 +94,7 @@ def _read(parcel: Parcel) -> tuple[int | None, str, str]:
         if row["kind"] == "failure":
             return None, "", str(row["reason"])[:500]
         client, base = row["client"], row["base"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None, "", "its answer to who it is cannot be read"
     if type(client) is not int or not isinstance(base, str):
         return None, "", "its answer to who it is makes no sense"

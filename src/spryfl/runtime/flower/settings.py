@@ -29,6 +29,11 @@ class Order:
     run_dir: Path
     wait_seconds: float
 
+    @property
+    def num_clients(self) -> int | None:
+        """As the configuration states it; None where a column of the data decides."""
+        return None if self.config.partition.kind == "column" else self.config.partition.num_clients
+
 
 def read_order(file: Path, run_config: Mapping[str, Any]) -> Order:
     """Read a run's file and apply Flower's run config.
@@ -43,24 +48,35 @@ def read_order(file: Path, run_config: Mapping[str, Any]) -> Order:
                 f"are set so: set='server.num_rounds=5'"
             )
     values: dict[str, Any] = RUN_KEYS | dict(run_config)
-    overrides = tuple(shlex.split(str(values["set"])))
+    try:
+        overrides = tuple(shlex.split(str(values["set"])))
+    except ValueError as error:
+        raise ConfigError(f"run config set={values['set']!r}: {error}: close what is quoted") from error
+    try:
+        wait_seconds = float(values["wait-seconds"])
+    except ValueError as error:
+        raise ConfigError(f"run config wait-seconds={values['wait-seconds']!r}: give a number of seconds") from error
     config = load_config(file, overrides)
     if config.compare:
         raise ConfigError(f"{file}: compare: over Flower every run stands alone; leave it out")
     run_dir = str(values["run-dir"]) or f"runs/{file.stem}-flower"
-    return Order(file, overrides, config, Path(run_dir).expanduser(), float(values["wait-seconds"]))
+    return Order(file, overrides, config, Path(run_dir).expanduser(), wait_seconds)
 
 
-def partition_of(node_config: Mapping[str, Any], num_clients: int) -> int:
+def partition_of(node_config: Mapping[str, Any], num_clients: int | None) -> int:
     """The partition id a node's configuration states.
+
+    Args:
+        num_clients: None where only the data tell.
 
     Raises:
         ConfigError: none, or one that is no client's.
     """
     given = node_config.get("partition-id")
-    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < num_clients:
+    if type(given) is not int or given < 0 or (num_clients is not None and given >= num_clients):
+        known = "0 and up" if num_clients is None else f"0 to {num_clients - 1}"
         raise ConfigError(
-            f"node config: partition-id is {given!r}, but clients are 0 to {num_clients - 1}: start the node with "
+            f"node config: partition-id is {given!r}, but clients are {known}: start the node with "
             "--node-config 'partition-id=0'"
         )
     return given

@@ -1,0 +1,37 @@
+"""What a configuration says is what rounds and clients go by."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from spryfl.config import RunConfig
+from spryfl.errors import ConfigError
+from spryfl.federated.schedule import Schedule
+from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.suite import run_suite
+from spryfl.workbench import Workbench
+
+
+def test_what_is_configured_is_what_rounds_use(tiny_config: Callable[..., RunConfig]) -> None:
+    server = {"optimizer": "adam", "learning_rate": 0.3, "beta1": 0.5, "beta2": 0.7, "tau": 0.02, "quorum": 0.4}
+    server |= {"schedule": "linear", "num_rounds": 4, "schedule_rounds": 9, "warmup_rounds": 2, "cohort_size": 3}
+    server |= {"max_update_norm": 5.0, "clip_norm": 2.0, "deadline_seconds": 7.0, "sampling": "size"}
+    local = {"epochs": 3, "batch_size": 2, "optimizer": "sgd", "learning_rate": 0.2, "weight_decay": 0.1}
+    bench = Workbench.from_config(tiny_config(server=server, local=local))
+    own, training = bench.federation, bench.training
+    assert own.server == ServerUpdate("adam", 0.3, 0.5, 0.7, 0.02, Schedule("linear", 9, 2))
+    assert (own.quorum, own.max_update_norm, own.clip_norm, own.deadline_seconds) == (0.4, 5.0, 2.0, 7.0)
+    assert (training.epochs, training.batch_size, training.optimizer) == (3, 2, "sgd")
+    assert (training.learning_rate, training.weight_decay) == (0.2, 0.1)
+    assert sum(own.sizes) == len(bench.train)
+    assert own.sampling.sizes == own.sizes
+
+
+def test_own_data_needs_flower(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = tiny_config(partition={"kind": "own", "num_clients": 3})
+    federation = Workbench.from_config(config).federation
+    assert (federation.num_clients, federation.sizes) == (3, ())
+    with pytest.raises(ConfigError, match="bring their own data"):
+        run_suite(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
