@@ -37,7 +37,7 @@ class ClientMemory:
         num_tangents: K of the run; a client without the memory takes half of it, a quarter, .. down to 1.
         weights_bytes: frozen weights resident at a time, an adapter's frozen factors among them.
         values: unit -> how many values it trains.
-        layer: unit -> its layer; None for one above all layers (the head).
+        layer: unit -> its layer; None for the head, above them all. What else lies outside them counts as the lowest.
         checkpoint_budget_bytes: of passes "budgeted".
         groups: unit -> how many times K tangents it takes; empty where all units share K.
         drawing_bytes: of a number while directions are drawn jointly, beside the tangent it becomes.
@@ -100,7 +100,7 @@ class ClientMemory:
 
     def depth(self, units: Sequence[str]) -> int:
         """How many layers, from the top, gradients of these units reach down through."""
-        lowest = min((self.layer[unit] or 0 for unit in units if self.layer[unit] is not None), default=None)
+        lowest = min((layer for unit in units if (layer := self.layer[unit]) is not None), default=None)
         return 0 if lowest is None else self.dry.work.num_layers - lowest
 
     def require_some(self, units: Sequence[str], shared: Sequence[str]) -> tuple[str, ...]:
@@ -251,10 +251,11 @@ def _num_values(adapted: AdaptedModel, unit: Unit) -> int:
 
 
 def _layers_of(adapted: AdaptedModel) -> dict[str, int | None]:
-    """Unit -> the number of the layer it lies in; None outside all. Of a shared layer, the lowest call."""
+    """Unit -> the number of the layer it lies in; None for the head. Of a shared layer, the lowest call."""
     numbers = {layer: number for number, layer in enumerate(transformer_layers(adapted.model))}
     paths = {f"{path}.": numbers[module] for path, module in adapted.model.named_modules() if module in numbers}
     found: dict[str, int | None] = {}
     for unit in adapted.units:
-        found[unit.name] = next((n for path, n in paths.items() if unit.parameters[0].startswith(path)), None)
+        outside = None if unit.is_head else 0  # an embedding's gradient has passed all layers
+        found[unit.name] = next((n for path, n in paths.items() if unit.parameters[0].startswith(path)), outside)
     return found

@@ -207,3 +207,12 @@ def test_a_run_with_bottleneck_tangents(tiny_config: Callable[..., RunConfig], t
     )
     summary = run(budgets(config, 10**12), create_run_directory(tmp_path / "run"), (), "bottleneck")
     assert summary.num_failures == summary.num_refused == 0
+
+
+def test_a_unit_in_the_embeddings_lies_below_all_layers(tiny_config: Callable[..., RunConfig]) -> None:
+    """Its gradient passes through both; that of the head, through none."""
+    own = tiny_config(method__name="fedavg", adapter__target_modules=["word_embeddings", "query"])
+    memory = Workbench.from_config(budgets(own, 10**12)).client_memory
+    assert memory is not None
+    (embeddings,) = (unit for unit in memory.layer if "embeddings" in unit)
+    assert [memory.depth([unit]) for unit in (embeddings, "head")] == [2, 0]

@@ -30,7 +30,7 @@ def status(
 def _lines(found: "RunStatus") -> list[tuple[str, str]]:
     from rich.filesize import decimal
 
-    values = {"loss": found.loss, "accuracy": found.accuracy}
+    values = {"loss": found.loss, str(found.metric): found.score}
     measured = [f"{name} {value:.3f}" for name, value in values.items() if value is not None]
     failures = ", ".join(f"{count} {kind}" for kind, count in found.failures.items()) or "none"
     rounds = f"{found.rounds} of {found.num_rounds}" + (", done" if found.finished else "")

@@ -187,17 +187,20 @@ def _cast(dtype: torch.dtype, module: nn.Module, args: Any, output: Tensor) -> T
 
 
 def initialize(model: PreTrainedModel, missing: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Draw what the checkpoint lacks from the global generator, as transformers does."""
+    """Draw what the checkpoint lacks from the CPU's global generator, as transformers does: alike on any device."""
     for path in missing:
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
-        empty = torch.empty(getattr(module, name).shape, dtype=dtype, device=device)
+        empty = torch.empty(getattr(module, name).shape, dtype=dtype)
         setattr(module, name, nn.Parameter(empty))
         module._is_hf_initialized = False
     held = set(missing)
     for path, parameter in model.named_parameters():
         parameter._is_hf_initialized = path not in held
     model.initialize_weights()
+    for path in missing:
+        parameter = model.get_parameter(path)
+        parameter.data = parameter.data.to(device)
 
 
 @contextmanager

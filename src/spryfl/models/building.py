@@ -103,8 +103,12 @@ def check_precision(config: ModelConfig, stored: str | None) -> None:
         )
 
 
-def quantize_in_place(base: PreTrainedModel, kind: str, head: Sequence[str]) -> None:
-    """Quantize a loaded model's linear maps one by one, each freed before the next; the head stays."""
+def quantize_in_place(base: PreTrainedModel, kind: str, head: Sequence[str], device: torch.device) -> None:
+    """Quantize a loaded model's linear maps one by one, each freed before the next; the head stays.
+
+    Args:
+        device: of the packed weights, whose scales `module.to` would leave behind.
+    """
     linear = {path: module for path, module in base.named_modules() if type(module) in (nn.Linear, Conv1D)}
     replace_linear(base, library_config(kind, head), packed=False)
     for path in list(linear):
@@ -112,7 +116,7 @@ def quantize_in_place(base: PreTrainedModel, kind: str, head: Sequence[str]) -> 
         if new is old:
             continue
         weight = old.weight.T if isinstance(old, Conv1D) else old.weight
-        new.weight = packed_parameter(quantize(weight, kind), old.weight.device)
+        new.weight = packed_parameter(quantize(weight, kind), device)
         new.quant_state = getattr(new.weight, "quant_state", None)
         new.bias = None if old.bias is None else nn.Parameter(old.bias.data, requires_grad=False)
 

@@ -111,7 +111,7 @@ def _base_model(
         built = _whole(config, source, num_labels, torch.float32 if packed else dtype, task)
         require_class(built.base.config, config.name, task)
         if packed:
-            quantize_in_place(built.base, config.quantization, built.head)
+            quantize_in_place(built.base, config.quantization, built.head, device)
             _compute_in(built.base, dtype)
         built.base.to(device)
         return built
@@ -202,7 +202,7 @@ def _position_embeddings(base: PreTrainedModel) -> Iterator[nn.Embedding]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Initial values from this seed, the caller's generator untouched."""
+    """Initial values from this seed, the caller's generator of the CPU untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -27,8 +27,7 @@ def singular_factors(*, balanced: bool) -> Iterator[None]:
     def factors(layer: TinyLoraLayer, name: str, rank: int, fan_in_fan_out: bool) -> None:
         weight = layer.get_base_layer().weight.detach()
         left, right = truncated_svd(weight.T if fan_in_fan_out else weight, rank, balanced=balanced)
-        dtype = weight.dtype
-        layer.tinylora_A[name], layer.tinylora_B[name] = right.to(dtype), left.to(dtype)
+        layer.tinylora_A[name], layer.tinylora_B[name] = right.to(weight), left.to(weight)
         layer.r[name] = rank
 
     plain = TinyLoraLayer._init_svd
@@ -42,15 +41,19 @@ def singular_factors(*, balanced: bool) -> Iterator[None]:
 def truncated_svd(weight: Tensor, rank: int, *, balanced: bool) -> tuple[Tensor, Tensor]:
     """(out x rank), (rank x in): factors of the best approximation of this rank, in float32 at least.
 
+    Made on the CPU, from its generator, and of one sign wherever that is: they stay with the client, so that all have
+    to come to the same.
+
     Raises:
         ModelError: the weight has no such rank.
     """
     most = min(weight.shape)
     if rank > most:
         raise ModelError(f"adapter.rank = {rank} exceeds a target module's {tuple(weight.shape)}: lower it to {most}")
-    precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    precise = weight.to("cpu", torch.promote_types(weight.dtype, torch.float32))
     u, s, v = torch.svd_lowrank(precise, q=min(most, rank + OVERSAMPLING), niter=ITERATIONS)
-    u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    u, s, v = (u * signs)[:, :rank], s[:rank], (v * signs)[:, :rank]
     left, right = (s.sqrt(), s.sqrt()) if balanced else (s, torch.ones_like(s))
     return (u * left).contiguous(), (v * right).T.contiguous()
 

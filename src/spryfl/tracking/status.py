@@ -14,7 +14,7 @@ class RunStatus:
     Attributes:
         finished: whether its summary is written.
         rounds: done, of num_rounds.
-        accuracy: at the last evaluation.
+        metric, score: the task's main one at the last evaluation.
         clients: partition ids whose updates were used, of num_clients; None where a column decides.
         failures: tasks that ended without an update, by kind (`federated.failures`).
         num_late: updates that came after their round, and were dropped.
@@ -26,7 +26,8 @@ class RunStatus:
     finished: bool
     rounds: int
     num_rounds: int
-    accuracy: float | None
+    metric: str | None
+    score: float | None
     loss: float | None
     clients: tuple[int, ...]
     num_clients: int | None
@@ -52,13 +53,14 @@ def run_status(directory: RunDirectory) -> RunStatus:
     kinds: Counter[str] = Counter()
     for event in events:
         kinds.update(event.failure_kinds)
-    accuracies = [event.accuracy for event in events if event.accuracy is not None]
+    evaluated = next((event for event in reversed(events) if event.score is not None), None)
     return RunStatus(
         method=config.label or config.method.name,
         finished=directory.summary_file.is_file(),
         rounds=events[-1].round if events else 0,
         num_rounds=config.server.num_rounds,
-        accuracy=accuracies[-1] if accuracies else None,
+        metric=None if evaluated is None else next(iter(evaluated.metrics), "accuracy"),
+        score=None if evaluated is None else evaluated.score,
         loss=events[-1].loss if events else None,
         clients=tuple(sorted(clients)),
         num_clients=None if config.partition.kind == "column" else config.partition.num_clients,
