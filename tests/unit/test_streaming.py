@@ -1,8 +1,6 @@
 """Layers on disk: the same numbers as in memory, two layers at a time, no thread left behind."""
 
-import gc
 import threading
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,50 +99,6 @@ def test_the_same_slopes_and_gradients(tiny_model: Path, tmp_path: Path) -> None
         ]
         found.append([torch.tensor(value), slopes, *gradients])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_a_backward_sweep(tiny_model: Path, tmp_path: Path) -> None:
-    """Each layer is held from its recomputation to its backward pass, in descending order."""
-    folder = save_family("llama", tmp_path, tiny_model)
-    gradients = []
-    for settings in ({}, {"streamed": True}):
-        loaded = open_model(folder, **settings)
-        layers = transformer_layers(loaded.model)
-        inputs: dict[int, Tensor] = {}
-        extra: dict[str, Any] = {}
-
-        def keep(index: int, args: Any, kwargs: Any) -> None:
-            inputs[index] = args[0]  # noqa: B023
-            extra.update(kwargs)  # noqa: B023
-
-        hooks = [
-            layer.register_forward_pre_hook(lambda m, a, k, i=i: keep(i, a, k), with_kwargs=True)
-            for i, layer in enumerate(layers)
-        ]
-        with torch.no_grad():
-            loaded.model(input_ids=padded_batch()["input_ids"])
-        for hook in hooks:
-            hook.remove()
-        upstream = torch.ones_like(inputs[0])
-        found = []
-        for index in reversed(range(len(layers))):
-            parameters = [p for p in layers[index].parameters() if p.requires_grad]
-            x = inputs[index].detach().requires_grad_()
-
-            def backward() -> tuple[Tensor, ...]:
-                output = layers[index](x, **extra)  # noqa: B023
-                return torch.autograd.grad(output, [x, *parameters], upstream)  # noqa: B023
-
-            if loaded.streamed is None:
-                upstream, *own = backward()
-            else:
-                with loaded.streamed.resident(layers[index]):
-                    upstream, *own = backward()
-                    assert index in _resident(loaded)
-                assert index not in _resident(loaded)
-            found += own
-        gradients.append(found)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "nf4", "int8"])
@@ -252,11 +206,12 @@ def test_any_order_of_calls(
     calls: list[int], read: list[int] | None, streamed: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = _fetched(streamed, monkeypatch)
-    layers = transformer_layers(streamed.model)
+    layers: Any = streamed.streamed
     for index in calls:
-        with streamed.streamed.resident(layers[index]):  # type: ignore[union-attr]
-            assert _resident(streamed) == [index]
-    streamed.streamed.close()  # type: ignore[union-attr]
+        layers._enter(index)
+        assert _resident(streamed) == [index]
+        layers._leave(index)
+    layers._take_prefetch()
     assert read is None or order == read
 
 
@@ -292,34 +247,5 @@ def test_a_layer_that_raises_is_dropped(streamed: AdaptedModel) -> None:
 
 
 def test_no_thread_is_left(streamed: AdaptedModel) -> None:
-    def prefetching() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name.startswith("spry-prefetch")]
-
     _logits(streamed)
-    assert prefetching() == []  # nothing to fetch after the last layer
-    with streamed.streamed.resident(transformer_layers(streamed.model)[0]):  # type: ignore[union-attr]
-        pass
-    streamed.streamed.close()  # type: ignore[union-attr]
-    assert prefetching() == []
-    with pytest.raises(ModelError, match="closed"):
-        _logits(streamed)
-
-
-def test_a_dropped_model_goes(tiny_model: Path, tmp_path: Path) -> None:
-    loaded = open_model(save_family("llama", tmp_path, tiny_model), streamed=True)
-    _logits(loaded)
-    alive = weakref.ref(loaded.model)
-    del loaded
-    gc.collect()
-    assert alive() is None
-
-
-def test_shared_layers_are_not_streamed(tiny_model: Path, tmp_path: Path) -> None:
-    folder = save_family("albert", tmp_path, tiny_model)
-    with pytest.raises(ModelError, match=r"shares 1 set of weights among its 2 layers"):
-        open_model(folder, streamed=True)
-
-
-def test_what_is_not_packed_on_disk_is_not_streamed_packed(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match=r"spry quantize .* --precision nf4"):
-        open_model(tiny_model, streamed=True, quantization="nf4")
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("spry-prefetch")] == []

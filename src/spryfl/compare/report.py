@@ -45,12 +45,7 @@ class Section:
 
 def write_results(suite: Suite) -> list[ResultRow]:
     """Everything but the plots and the page: quick, so that it is done after each run."""
-    results = read_results(suite)
-    rows = [result.row for result in results]
-    write_parquet(rows, suite.out / "results.parquet")
-    sections = report_sections(suite, results)
-    write_atomically(suite.out / "report.md", _markdown(_title(suite), sections).encode())
-    return rows
+    return _write_results(suite, read_results(suite))[0]
 
 
 def write_report(suite: Suite) -> list[ResultRow]:
@@ -59,10 +54,17 @@ def write_report(suite: Suite) -> list[ResultRow]:
     labels = [method.shown for method in suite.config.method]
     for dataset, own in _by_dataset(results).items():
         plot_dataset(own, labels, _curves(suite, dataset))
-    rows = write_results(suite)
-    page = _html(_title(suite), report_sections(suite, results))
-    write_atomically(suite.out / "report.html", page.encode())
+    rows, sections = _write_results(suite, results)
+    write_atomically(suite.out / "report.html", _html(_title(suite), sections).encode())
     return rows
+
+
+def _write_results(suite: Suite, results: Sequence[Result]) -> tuple[list[ResultRow], list[Section]]:
+    rows = [result.row for result in results]
+    write_parquet(rows, suite.out / "results.parquet")
+    sections = report_sections(suite, results)
+    write_atomically(suite.out / "report.md", _markdown(_title(suite), sections).encode())
+    return rows, sections
 
 
 def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:

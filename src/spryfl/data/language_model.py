@@ -74,7 +74,8 @@ class LanguageModel:
             for part in longest_first_batches(examples, rows, batch_size):
                 batch = self.batch(examples, part)
                 inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-                row_of, losses, likeliest = token_scores(model, inputs, batch["labels"])
+                scores = token_scores(model, inputs, batch["labels"])
+                row_of, losses, likeliest = (tensor.cpu() for tensor in scores)  # not all devices have float64
                 counts = torch.bincount(row_of, minlength=len(part))
                 loss += float((losses.double() / counts[row_of]).sum())
                 total += float(losses.double().sum())

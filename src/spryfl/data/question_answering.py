@@ -109,7 +109,7 @@ class QuestionAnswering:
                 batch = self.batch(examples, part)
                 logits = self.logits(model, batch)
                 loss += float(_losses(*logits, batch["labels"]).sum())
-                starts, ends = (tensor.double().cpu().numpy() for tensor in logits)
+                starts, ends = (tensor.cpu().double().numpy() for tensor in logits)  # not all devices have float64
                 for row, start, end in zip(part, starts, ends, strict=True):
                     source, window = self._source(examples, row), self._window(examples, row, start, end)
                     found[source] = _better(found[source], window) if source in found else window

@@ -99,22 +99,22 @@ def evaluate_classes(
     """Mean cross-entropy and accuracy; of two classes the F1 of class 1 too, and where rows are grouped by question,
     what is right of whole ones among these rows.
     """
-    total_loss = 0.0
-    predicted, labels = [], []
+    losses, predicted = [], []  # on the device: a question a batch would have it wait
     parts = longest_first_batches(examples, rows, batch_size)
     with torch.inference_mode():
         for part in parts:
             batch = task.batch(examples, part)
             logits = task.logits(model, batch)
-            total_loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            predicted.append(logits.argmax(-1).cpu().numpy())
-            labels.append(batch["labels"].cpu().numpy())
-    answers, right = np.concatenate(predicted), np.concatenate(labels)
+            losses.append(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            predicted.append(logits.argmax(-1))
+    total_loss = sum(torch.stack(losses).tolist())
+    order = np.concatenate(parts)
+    answers, right = torch.cat(predicted).cpu().numpy(), examples.labels[order]
     metrics = {"accuracy": float((answers == right).mean())}
     if logits.shape[-1] == 2:
         metrics["f1"] = binary_f1(answers, right)
         if examples.groups is not None:
-            metrics |= question_scores(answers, right, examples.groups[np.concatenate(parts)])
+            metrics |= question_scores(answers, right, examples.groups[order])
     return Evaluation(total_loss / len(rows), metrics, len(rows))
 
 

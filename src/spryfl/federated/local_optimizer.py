@@ -35,3 +35,4 @@ class LocalOptimizer:
         for name, value in self.values.items():
             value.grad = gradients[name]
         self._optimizer.step()
+        self._optimizer.zero_grad()  # an update is to hold values alone

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, NO_LIMIT, chunk_bytes, each, is_dry
+from spryfl.forward_mode.budget import DEFAULT_CHUNK_BYTES, NO_LIMIT, chunk_bytes, chunks_of, each, is_dry
 from spryfl.forward_mode.dual import Dual, carrying_tangents, num_tangents, split
 
 UnpackRows = Callable[[nn.Module, slice, Tensor], None]
@@ -103,12 +103,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, nn.Module, UnpackRows], output: Tensor) -> None:
         _, ctx.module, ctx.unpack = inputs
+        ctx.chunk_bytes = chunk_bytes()  # on an accelerator autograd goes back in a thread of its own
         ctx.save_for_backward(ctx.module.weight)  # so that hooks on saved tensors know that it will be needed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         _ = ctx.saved_tensors  # a streamed layer's weight is the module's again from here on
-        return transposed_product(gradient, ctx.module, ctx.unpack), None, None
+        with chunks_of(ctx.chunk_bytes):
+            return transposed_product(gradient, ctx.module, ctx.unpack), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *constants: None) -> Tensor:

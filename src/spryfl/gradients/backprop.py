@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spryfl.errors import ConfigError
-from spryfl.gradients.estimator import GradientEstimate, Loss
+from spryfl.gradients.estimator import GradientEstimate, Loss, on_cpu
 from spryfl.gradients.sweep import Sweep
 from spryfl.gradients.tangents import Draw
 
@@ -52,11 +52,8 @@ class Backprop:
     ) -> GradientEstimate:
         """See `GradientEstimator.estimate`; `draw` is not called."""
         value, found = self.loss_and_gradient(model, loss, parameters)
-        gradients = {
-            name: torch.zeros(model.get_parameter(name).shape) if g is None else g.float().cpu()
-            for name, g in zip(parameters, found, strict=True)
-        }
-        return GradientEstimate(gradients, float(value), None, num_examples)
+        shapes = {name: model.get_parameter(name).shape for name in parameters}
+        return GradientEstimate(on_cpu(shapes, found), float(value), None)
 
     def loss_and_gradient(
         self, model: nn.Module, loss: Loss, parameters: Sequence[str]

@@ -78,7 +78,7 @@ class BottleneckGradient:
         if others:
             summed = slopes[num_own:].flatten(1).sum(1).to("cpu", torch.float32)
             gradients |= gradient_from_slopes(summed, others, draw)
-        return GradientEstimate({name: gradients[name] for name in parameters}, float(parts.sum()), None, num_examples)
+        return GradientEstimate({name: gradients[name] for name in parameters}, float(parts.sum()), None)
 
 
 def bottlenecks(model: nn.Module, parameters: Sequence[str]) -> dict[str, nn.Linear]:

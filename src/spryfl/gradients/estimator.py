@@ -41,14 +41,13 @@ class GradientEstimate:
         gradients: by parameter name, float32 on the CPU, where adapter-sized arithmetic is the same on
             every machine.
         loss: the batch's mean loss.
-        slopes: (K,) float32 on the CPU, K for each group of `Draw`: slope along each direction; None for backprop.
-        num_examples: rows of the batch.
+        slopes: (K,) float32 on the CPU, K for each group of `Draw`: slope along each direction; None where the
+            gradient is made of more than slopes along drawn directions.
     """
 
     gradients: dict[str, Tensor]
     loss: float
     slopes: Tensor | None
-    num_examples: int
 
 
 class GradientEstimator(Protocol):
@@ -67,7 +66,7 @@ class GradientEstimator(Protocol):
             loss: one batch's loss as a function of the model.
             parameters: names, as in `model.named_parameters()`, of what is differentiated.
             draw: seeded directions; backprop does not call it.
-            num_examples: rows of the batch, passed through.
+            num_examples: rows of the batch.
         """
         ...
 
@@ -79,6 +78,14 @@ def sum_of_rows(parts: Tensor, leading: int = 0) -> Tensor:
         leading: dimensions before the rows.
     """
     return parts if parts.dim() == leading + 1 else parts.flatten(leading + 1).sum(-1)
+
+
+def on_cpu(shapes: Mapping[str, torch.Size], found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """What autograd found for each parameter, as a `GradientEstimate` has it; None, not reached, is zero."""
+    return {
+        name: torch.zeros(shape) if gradient is None else gradient.float().cpu()
+        for (name, shape), gradient in zip(shapes.items(), found, strict=True)
+    }
 
 
 def gradient_from_slopes(slopes: Tensor, shapes: Mapping[str, torch.Size], draw: Draw) -> dict[str, Tensor]:
@@ -96,10 +103,10 @@ def gradient_from_slopes(slopes: Tensor, shapes: Mapping[str, torch.Size], draw:
 
 
 def estimate_from_slopes(
-    model: nn.Module, slopes: list[float], loss: float, parameters: Sequence[str], draw: Draw, num_examples: int
+    model: nn.Module, slopes: list[float], loss: float, parameters: Sequence[str], draw: Draw
 ) -> GradientEstimate:
     """The GradientEstimate of an estimator that measures slopes along drawn directions."""
     # Rounded to float32 first: that is what travels, so both sides see the same numbers.
     rounded = torch.tensor(slopes, dtype=torch.float32)
     shapes = {name: model.get_parameter(name).shape for name in parameters}
-    return GradientEstimate(gradient_from_slopes(rounded, shapes, draw), loss, rounded, num_examples)
+    return GradientEstimate(gradient_from_slopes(rounded, shapes, draw), loss, rounded)

@@ -21,7 +21,7 @@ from spryfl.forward_mode.dual import split
 from spryfl.forward_mode.patching import Forward, patched_forwards
 from spryfl.gradients.backprop import Backprop, only_requiring_grad
 from spryfl.gradients.calls import HIDDEN, hidden_of
-from spryfl.gradients.estimator import GradientEstimate, GradientEstimator, Loss
+from spryfl.gradients.estimator import GradientEstimate, GradientEstimator, Loss, on_cpu
 from spryfl.gradients.tangents import Draw
 
 
@@ -54,10 +54,7 @@ class ExactHead:
             estimate = self.inner.estimate(model, loss, others, draw, num_examples)
         with torch.enable_grad(), only_requiring_grad(model, head) as wanted, _skipped(layers, last[0]):
             found: Sequence[Tensor | None] = torch.autograd.grad(loss(model), wanted, allow_unused=True)
-        exact = {
-            name: torch.zeros(p.shape) if g is None else g.float().cpu()
-            for name, p, g in zip(head, wanted, found, strict=True)
-        }
+        exact = on_cpu({name: p.shape for name, p in zip(head, wanted, strict=True)}, found)
         return replace(estimate, gradients=estimate.gradients | exact, slopes=None)
 
 

@@ -30,7 +30,7 @@ class ForwardGradient:
         """See `GradientEstimator.estimate`."""
         shapes = {name: model.get_parameter(name).shape for name in parameters}
         value, slopes = loss_and_slopes(model, loss, draw.stacked(shapes, self.num_tangents))
-        return estimate_from_slopes(model, slopes.tolist(), value, parameters, draw, num_examples)
+        return estimate_from_slopes(model, slopes.tolist(), value, parameters, draw)
 
     def example_slopes(
         self, model: nn.Module, loss: SeparableLoss, parameters: Sequence[str], draw: Draw

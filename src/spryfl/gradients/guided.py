@@ -83,7 +83,7 @@ class GuidedGradient:
             )
             groups = self._groups(directions)
             gradients |= self._projected(model, loss, traced, lowest, directions, groups, draw)
-        return GradientEstimate(gradients, float(traced.loss), None, num_examples)
+        return GradientEstimate(gradients, float(traced.loss), None)
 
     def guess_gradients(
         self, model: nn.Module, loss: Loss, parameters: Sequence[str]

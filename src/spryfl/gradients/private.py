@@ -69,4 +69,4 @@ class PrivateSlopes:
         factors = (self.clip / own.norm(dim=0)).clamp(max=1.0)
         noise = gaussian_noise(self.words, own.shape[:1]) * (self.noise_multiplier * self.clip)
         private = (torch.nan_to_num(own * factors).sum(1) + noise) / num_examples
-        return estimate_from_slopes(model, private.tolist(), float(parts.sum()), parameters, draw, num_examples)
+        return estimate_from_slopes(model, private.tolist(), float(parts.sum()), parameters, draw)

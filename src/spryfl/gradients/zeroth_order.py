@@ -7,18 +7,15 @@ weighted 1/(2 h K).) Both evaluations run without dropout, as MeZO does: with tw
 difference would measure the masks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from spryfl.gradients.estimator import GradientEstimate, Loss, SeparableLoss, estimate_from_slopes, sum_of_rows
 from spryfl.gradients.tangents import Draw
-
-Measured = TypeVar("Measured", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -32,51 +29,52 @@ class ZerothOrder:
         self, model: nn.Module, loss: Loss, parameters: Sequence[str], draw: Draw, num_examples: int
     ) -> GradientEstimate:
         """See `GradientEstimator.estimate`."""
-        # Python's floats: a difference of float32 losses keeps few digits as it is.
-        losses, slopes = self._differences(model, lambda model: float(loss(model)), parameters, draw)
-        return estimate_from_slopes(model, slopes, sum(losses) / len(losses), parameters, draw, num_examples)
+        losses, slopes = self._differences(model, loss, parameters, draw)
+        return estimate_from_slopes(model, slopes.tolist(), float(losses.mean()), parameters, draw)
 
     def example_slopes(
         self, model: nn.Module, loss: SeparableLoss, parameters: Sequence[str], draw: Draw
     ) -> tuple[Tensor, Tensor]:
         """See `ExampleSlopes.example_slopes`; as many passes as for the batch."""
-        parts, slopes = self._differences(
-            model, lambda model: sum_of_rows(loss.parts(model)).double(), parameters, draw
-        )
-        return torch.stack(parts).mean(0), torch.stack(slopes)
+        losses, slopes = self._differences(model, lambda model: sum_of_rows(loss.parts(model)), parameters, draw)
+        return losses.mean(0), slopes
 
     def _differences(
-        self, model: nn.Module, loss: Callable[[nn.Module], Measured], parameters: Sequence[str], draw: Draw
-    ) -> tuple[list[Measured], list[Measured]]:
-        """Along each direction: the mean of the loss at both ends, and its central difference."""
+        self, model: nn.Module, loss: Loss, parameters: Sequence[str], draw: Draw
+    ) -> tuple[Tensor, Tensor]:
+        """Along each direction: the mean of the loss at both ends, and its central difference.
+
+        Args:
+            loss: a number, or one a row.
+
+        Returns:
+            (K,) or (K, rows) each, in float64 on the CPU: a difference of float32 losses keeps few digits as it is.
+        """
         named = {name: model.get_parameter(name) for name in parameters}
-        losses, slopes = [], []
+        saved = {name: parameter.detach().clone() for name, parameter in named.items()}
+        losses = []
         with torch.no_grad(), _dropout_off(model):
-            for direction in draw.directions({name: p.shape for name, p in named.items()}, self.num_tangents):
-                above = _loss_at(model, loss, named, direction, self.step_size)
-                below = _loss_at(model, loss, named, direction, -self.step_size)
-                losses.append((above + below) / 2)
-                slopes.append((above - below) / (2 * self.step_size))
-        return losses, slopes
+            for drawn in draw.directions({name: p.shape for name, p in named.items()}, self.num_tangents):
+                direction = {name: v.to(named[name]) for name, v in drawn.items()}
+                for step in (self.step_size, -self.step_size):
+                    with _moved(named, saved, direction, step):
+                        losses.append(loss(model))
+        above, below = torch.stack(losses).cpu().double().unflatten(0, (-1, 2)).unbind(1)
+        return (above + below) / 2, (above - below) / (2 * self.step_size)
 
 
-def _loss_at(
-    model: nn.Module,
-    loss: Callable[[nn.Module], Measured],
-    named: Mapping[str, nn.Parameter],
-    direction: Mapping[str, Tensor],
-    step: float,
-) -> Measured:
-    """L(w + step v), the parameters restored bitwise afterwards."""
-    moved = {name: named[name] for name in direction}
-    saved = {name: p.detach().clone() for name, p in moved.items()}
+@contextmanager
+def _moved(
+    named: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float
+) -> Iterator[None]:
+    """The parameters at w + step v, and afterwards bitwise at w, which `saved` holds."""
     try:
-        for name, parameter in moved.items():
-            parameter.add_(direction[name].to(parameter.device, parameter.dtype), alpha=step)
-        return loss(model)
+        for name, v in direction.items():
+            named[name].add_(v, alpha=step)
+        yield
     finally:
-        for name, parameter in moved.items():
-            parameter.copy_(saved[name])
+        for name in direction:
+            named[name].copy_(saved[name])
 
 
 @contextmanager

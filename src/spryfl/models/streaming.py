@@ -8,15 +8,14 @@ for its backward pass.
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spryfl.errors import ModelError
 from spryfl.memory.meter import counting_as_weights
 from spryfl.models.assembly import Slot
 from spryfl.models.checkpoint import Checkpoint
@@ -66,14 +65,12 @@ class StreamedLayers:
     """Loads each layer before its forward and drops it after, by hooks.
 
     Prefetching follows the observed direction: up in a forward pass, down in a backward sweep over layers.
-    A caller that calls a layer several times, or runs it forward and at once backward, holds it with `resident`.
 
     Args:
         layers: in the order of a forward pass; their slots are on the meta device.
     """
 
     def __init__(self, layers: Sequence[nn.Module], store: LayerStore) -> None:
-        self._layers = {layer: index for index, layer in enumerate(layers)}
         self._store = store
         self._empty = [[getattr(slot.module, slot.name) for slot in slots] for slots in store.slots]
         self._holders: Counter[int] = Counter()
@@ -81,25 +78,9 @@ class StreamedLayers:
         self._saving: list[tuple[int, AbstractContextManager[None]]] = []
         self._last = -1
         self._prefetch: _Prefetch | None = None
-        self._closed = False
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._before, index))
             layer.register_forward_hook(partial(self._after, index), always_call=True)
-
-    @contextmanager
-    def resident(self, layer: nn.Module) -> Iterator[None]:
-        """Keep a layer in memory for several calls, or from its forward to its backward pass."""
-        index = self._layers[layer]
-        self._enter(index)
-        try:
-            yield
-        finally:
-            self._leave(index)
-
-    def close(self) -> None:
-        """Wait for the prefetch under way and drop it; the layers can no longer be called."""
-        self._closed = True
-        self._take_prefetch()
 
     def _before(self, index: int, module: nn.Module, args: Any) -> None:
         self._enter(index)
@@ -114,8 +95,6 @@ class StreamedLayers:
         self._leave(index)
 
     def _enter(self, index: int) -> None:
-        if self._closed:
-            raise ModelError("this streamed model was closed: load it again")
         if self._holders[index] == 0:
             ahead = self._take_prefetch()
             stored = ahead.result() if ahead is not None and ahead.layer == index else None
@@ -145,7 +124,7 @@ class StreamedLayers:
         else:
             direction = step or -1  # the same layer again: a backward sweep begins
         following = index + direction
-        return following if 0 <= following < len(self._layers) else None
+        return following if 0 <= following < len(self._store.slots) else None
 
     def _take_prefetch(self) -> "_Prefetch | None":
         taken, self._prefetch = self._prefetch, None
