@@ -28,6 +28,14 @@ class RandomState:
 
     @classmethod
     def now(cls, tensor: Tensor) -> "RandomState":
+        """Before a call with this tensor.
+
+        Raises:
+            ModelError: its device's generator cannot be set back, so that another run would draw other masks.
+        """
+        kind = tensor.device.type
+        if kind not in ("cpu", "meta") and not hasattr(getattr(torch, kind), "device"):
+            raise ModelError(f"dropout: a layer run again on {kind} would draw another mask: set adapter.dropout = 0")
         return cls(torch.get_rng_state(), tensor.device.type, *get_device_states(tensor))
 
     @contextmanager
