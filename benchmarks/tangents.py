@@ -30,7 +30,9 @@ def main() -> None:
     subject = Subject(model, trainable_units(model), batch=4, tokens=128)
     loss, names = subject.loss(), subject.parameters
     shapes = {name: model.get_parameter(name).shape for name in names}
-    tangents = {name: torch.stack([subject.draw(k, name, shape) for k in range(K)]) for name, shape in shapes.items()}
+    tangents = {
+        name: torch.stack([subject.draw.numbers(k, name, shape) for k in range(K)]) for name, shape in shapes.items()
+    }
     values = {name: model.get_parameter(name).detach() for name in names}
 
     def vmap_of_jvp() -> Tensor:

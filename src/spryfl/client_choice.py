@@ -39,11 +39,13 @@ class ClientChoice:
     shapes: Mapping[str, Mapping[str, int]]
     head: frozenset[str]
     calibration: Calibration = field(default_factory=Calibration)
-    _known: dict[tuple[int | None, tuple[str, ...]], PassSettings | None] = field(default_factory=dict)
+    _known: dict[tuple[int | None, tuple[str, ...]], PassSettings | None] = field(
+        init=False, compare=False, default_factory=dict
+    )
 
     def calibrated(self, calibration: Calibration) -> "ClientChoice":
         """The same with what was measured; dry runs are not repeated."""
-        return replace(self, calibration=calibration, _known={})
+        return replace(self, calibration=calibration)
 
     def fit(self, client: int, units: Sequence[str]) -> PassSettings | None:
         """The settings of the estimator with the most expected progress per second; None if none fits."""
@@ -98,7 +100,7 @@ class ClientChoice:
         depth, state, chunk = memory.depth(units), memory.dry.work.state_bytes, memory.chunks[-1]
 
         def peak(kept: int) -> int:
-            own = replace(memory, passes="budgeted", checkpoint_budget_bytes=kept * state, _known={})
+            own = replace(memory, passes="budgeted", checkpoint_budget_bytes=kept * state)
             return own.peak_bytes(units, 1, chunk)
 
         spare = (budget - peak(1)) // state
@@ -240,9 +242,9 @@ class ClientChoice:
     def _memories(self) -> dict[str, ClientMemory]:
         """One for each kind of pass that `ClientMemory` knows; they share the dry runs."""
         return {
-            "backprop": replace(self.memory, passes="backprop", _known={}),
-            "per_layer": replace(self.memory, passes="per_layer", _known={}),
-            "forward": replace(self.memory, passes="forward", _known={}),
+            "backprop": replace(self.memory, passes="backprop"),
+            "per_layer": replace(self.memory, passes="per_layer"),
+            "forward": replace(self.memory, passes="forward"),
         }
 
 

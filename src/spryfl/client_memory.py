@@ -61,7 +61,7 @@ class ClientMemory:
     low_inputs: Mapping[str, int] = field(default_factory=dict)
     low_numbers: Mapping[str, int] = field(default_factory=dict)
     chunks: Sequence[int] = SMALLER_CHUNKS
-    _known: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    _known: dict[tuple[int, int, int], int] = field(init=False, compare=False, default_factory=dict)
 
     def budget(self, client: int) -> int:
         """Resident bytes of a client."""

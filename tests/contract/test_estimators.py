@@ -10,7 +10,7 @@ from families import autograd_gradient, batch_loss, build, padded_batch, trainab
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.bottleneck import BottleneckGradient
 from spryfl.gradients.directions import DirectionStream
-from spryfl.gradients.estimator import GradientEstimator, gradient_from_slopes
+from spryfl.gradients.estimator import GradientEstimator
 from spryfl.gradients.exact_head import ExactHead
 from spryfl.gradients.forward import ForwardGradient, loss_and_slopes
 from spryfl.gradients.guided import GuidedGradient
@@ -94,7 +94,7 @@ def test_gradient_is_what_the_slopes_rebuild(name: str, draw: str) -> None:
     assert estimate.slopes is not None
     assert estimate.slopes.shape == (directions.num_slopes(names, 3 if "3" in name else 1),)
     assert estimate.slopes.dtype == torch.float32
-    rebuilt = gradient_from_slopes(estimate.slopes, {n: model.get_parameter(n).shape for n in names}, directions)
+    rebuilt = directions.gradient(estimate.slopes, {n: model.get_parameter(n).shape for n in names})
     assert all(torch.equal(rebuilt[n], estimate.gradients[n]) for n in names)
 
 
@@ -122,7 +122,9 @@ def test_zeroth_order_runs_without_dropout() -> None:
     estimate = ZerothOrder(1, 0.5).estimate(model, lambda m: m(), ["weight"], DRAW, 1)
     assert modes == [False, False]
     assert model.training
-    assert float(estimate.slopes[0]) == pytest.approx(float(DRAW(0, "weight", torch.Size((3,))).sum()), rel=1e-5)
+    assert float(estimate.slopes[0]) == pytest.approx(
+        float(DRAW.numbers(0, "weight", torch.Size((3,))).sum()), rel=1e-5
+    )
 
 
 def test_an_error_in_the_loss_leaves_the_model_whole() -> None:
@@ -158,9 +160,9 @@ def test_forward_gradient_is_unbiased_with_the_known_variance(distribution: str)
     total, errors = torch.zeros(d, dtype=torch.float64), []
     for step in range(num_draws):
         draw = DirectionStream(0, 1, 0, distribution).at_step(step)
-        v = torch.cat([draw(0, n, exact[n].shape).flatten() for n in names]).double()
+        v = torch.cat([draw.numbers(0, n, exact[n].shape).flatten() for n in names]).double()
         if step < 5:  # the linearity itself
-            tangents = {n: draw(0, n, exact[n].shape).unsqueeze(0) for n in names}
+            tangents = {n: draw.numbers(0, n, exact[n].shape).unsqueeze(0) for n in names}
             assert float(loss_and_slopes(model, loss, tangents)[1]) == pytest.approx(float(flat @ v), rel=1e-6)
         estimate = (flat @ v) * v
         total += estimate

@@ -98,7 +98,8 @@ def test_estimate_is_each_examples_slope_times_its_tangent(family: str, kind: st
     hook.remove()
     assert len(exact) == (2 if family == "albert" else 1)
     v = [
-        torch.stack([DRAW(k, f"{name}@bottleneck/{call}", g.shape).double() for k in range(2)]) * mask.unsqueeze(-1)
+        torch.stack([DRAW.numbers(k, f"{name}@bottleneck/{call}", g.shape).double() for k in range(2)])
+        * mask.unsqueeze(-1)
         for call, g in enumerate(exact)
     ]
     # All calls of an example share a slope.

@@ -73,7 +73,7 @@ def test_all_of_baffles_terms_weigh_the_same_and_see_no_dropout(num_tangents: in
     w, x, expected = Cubic().weight.detach(), Points().batch([0, 1, 2, 3]), torch.zeros(3, dtype=torch.float64)
     draw = settings.directions(task()).at_step(0)
     for k in range(num_tangents):
-        v = draw(k, "weight", w.shape).double()
+        v = draw.numbers(k, "weight", w.shape).double()
         difference = (x @ (w + sigma * v)).pow(3).mean() - (x @ (w - sigma * v)).pow(3).mean()
         expected += difference * v / (2 * sigma * num_tangents)
     assert torch.allclose(found, expected, rtol=1e-5)
@@ -107,12 +107,12 @@ def test_directions_are_the_candidates_nearest_to_the_last_update() -> None:
     plain = DirectionStream(0, 1, 3).at_step(0)
     chosen = list(DirectionStream(0, 1, 3, num_candidates=5, known=KNOWN).at_step(0).directions(SHAPES, 2))
     for name, shape in SHAPES.items():
-        candidates = torch.stack([plain(k, name, shape).flatten() for k in range(10)])
+        candidates = torch.stack([plain.numbers(k, name, shape).flatten() for k in range(10)])
         cosines = torch.cosine_similarity(candidates, KNOWN[name].flatten(), dim=1)
         best = candidates[cosines.argsort(descending=True)[:2]]
         assert torch.equal(torch.stack([v[name].flatten() for v in chosen]), best)
     first = DirectionStream(0, 1, 3, num_candidates=5).at_step(0)  # nothing is known in the first round
-    assert all(torch.equal(v["a"], plain(k, "a", SHAPES["a"])) for k, v in enumerate(first.directions(SHAPES, 2)))
+    assert all(torch.equal(v["a"], plain.numbers(k, "a", SHAPES["a"])) for k, v in enumerate(first.directions(SHAPES, 2)))
 
 
 def test_more_clients_than_units_and_every_client_works(tiny_config: Callable[..., RunConfig]) -> None:

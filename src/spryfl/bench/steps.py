@@ -117,7 +117,7 @@ def func_jvp(subject: Subject, k: int) -> float:
     model, wrapped = subject.model, LossModule(subject)
     values = {f"model.{name}": model.get_parameter(name).detach() for name in subject.parameters}
     own = {
-        key: subject.draw(0, key.removeprefix("model."), value.shape).to(value.device, value.dtype)
+        key: subject.draw.numbers(0, key.removeprefix("model."), value.shape).to(value.device, value.dtype)
         for key, value in values.items()
     }
 
@@ -147,7 +147,7 @@ def _slope(subject: Subject, estimate: GradientEstimate) -> float:
     """The slope along direction 0: measured, or the gradient's own."""
     if estimate.slopes is not None:
         return float(estimate.slopes[0])
-    return sum(float((g * subject.draw(0, name, g.shape)).sum()) for name, g in estimate.gradients.items())
+    return sum(float((g * subject.draw.numbers(0, name, g.shape)).sum()) for name, g in estimate.gradients.items())
 
 
 @contextmanager

@@ -56,9 +56,8 @@ def _values(adapted: AdaptedModel, values: dict[str, Tensor] | None) -> dict[str
     if values is None:
         draw = DirectionStream(1, round=1, client=0).at_step(0)
         values = read_values(adapted.model, names)
-        values = {
-            n: (v if "lora_B" not in n else 0.02 * draw(0, n, v.shape)).bfloat16().float() for n, v in values.items()
-        }
+        moved = {n: 0.02 * draw.numbers(0, n, v.shape) for n, v in values.items() if "lora_B" in n}
+        values = {n: v.bfloat16().float() for n, v in (values | moved).items()}
     write_values(adapted.model, values)
     return values
 
@@ -83,7 +82,7 @@ def _zeroth_order(adapted: AdaptedModel) -> Tensor:
 def _tangents(adapted: AdaptedModel, step: int) -> dict[str, Tensor]:
     draw = DirectionStream(0, round=1, client=0).at_step(step)
     shapes = {name: adapted.model.get_parameter(name).shape for name in parameters_of(adapted.units)}
-    return {name: torch.stack([draw(k, name, shape) for k in range(K)]) for name, shape in shapes.items()}
+    return {name: torch.stack([draw.numbers(k, name, shape) for k in range(K)]) for name, shape in shapes.items()}
 
 
 def _losses(adapted: AdaptedModel) -> list[Any]:

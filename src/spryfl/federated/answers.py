@@ -10,7 +10,6 @@ from spryfl.federated.aggregation import Contribution
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
 from spryfl.federated.state import Federation
 from spryfl.federated.validation import MAX_EXAMPLES, require_norm, validate_update
-from spryfl.gradients.estimator import gradient_from_slopes
 
 
 @dataclass
@@ -74,7 +73,7 @@ def proposed_change(update: ClientUpdate, task: ClientTask, federation: Federati
         shapes = {name: value.shape for name, value in old.items()}
         optimizer = training.new_optimizer(old)
         for step, slopes in enumerate(update.slopes):
-            gradients = gradient_from_slopes(slopes, shapes, directions.at_step(step))
+            gradients = directions.at_step(step).gradient(slopes, shapes)
             if training.pace == "iteration":
                 return {name: -gradient for name, gradient in gradients.items()}
             optimizer.step(gradients)

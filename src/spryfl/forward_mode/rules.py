@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from spryfl.forward_mode.dual import Dual, make_dual, new_stack, num_tangents, split
+from spryfl.forward_mode.dual import Dual, carrying_tangents, make_dual, new_stack, num_tangents, split
 
 aten = torch.ops.aten
 Rule = Callable[..., Any]
@@ -121,7 +121,8 @@ def _reduce_all(func: Any, x: Dual, **kwargs: Any) -> Dual:
 
 def _cat(func: Any, tensors: list[Tensor], dim: int = 0) -> Dual:
     k = num_tangents(*tensors)
-    return Dual(func([_stack_of(t, k) for t in tensors], dim + 1 if dim >= 0 else dim))
+    stacks = [dual.stacked for t in tensors if isinstance(dual := carrying_tangents(t, k), Dual)]
+    return Dual(func(stacks, dim + 1 if dim >= 0 else dim))
 
 
 def _index(func: Any, x: Tensor, indices: list[Tensor | None]) -> Dual:
@@ -131,16 +132,6 @@ def _index(func: Any, x: Tensor, indices: list[Tensor | None]) -> Dual:
     if given and given[-1] - given[0] >= len(given):  # PyTorch would put what they pick before the tangents' axis
         raise NotImplementedError(f"{func} with a whole dimension between two indices (forward AD)")
     return Dual(func(x.stacked, [None, *indices]))
-
-
-def _stack_of(value: Tensor, k: int) -> Tensor:
-    """The stack of a value; one without tangents gets zeros."""
-    if isinstance(value, Dual):
-        return value.stacked
-    stack = new_stack(value, k, value.shape)
-    stack[0] = value
-    stack[1:].zero_()
-    return stack
 
 
 def _aligned(x: Dual, dim: int) -> Tensor:

@@ -17,17 +17,17 @@ tokens, rank), too.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spryfl.errors import ModelError
 from spryfl.forward_mode.budget import carrying
-from spryfl.forward_mode.dual import Dual, new_stack, split
+from spryfl.forward_mode.dual import Dual, carrying_tangents, split
 from spryfl.forward_mode.inject import injected
 from spryfl.forward_mode.patching import Forward, patched_forwards
-from spryfl.gradients.estimator import GradientEstimate, Loss, SeparableLoss, TokenLoss, gradient_from_slopes
+from spryfl.gradients.calls import seeing_mask
+from spryfl.gradients.estimator import GradientEstimate, Loss, SeparableLoss, TokenLoss
 from spryfl.gradients.tangents import Draw
 
 LOW = "lora_A"  # what PEFT calls the maps to the bottleneck
@@ -77,7 +77,7 @@ class BottleneckGradient:
         gradients = {place.parameter: place.gradient(reached, module.weight) for module, place in places.items()}
         if others:
             summed = slopes[num_own:].flatten(1).sum(1).to("cpu", torch.float32)
-            gradients |= gradient_from_slopes(summed, others, draw)
+            gradients |= draw.gradient(summed, others)
         return GradientEstimate({name: gradients[name] for name in parameters}, float(parts.sum()), None)
 
 
@@ -140,14 +140,10 @@ class _Bottleneck:
         own = self._tangents[:, rows]
         # A dual's memory is used again by layers above; a plain input is never overwritten.
         self._kept.append((rows, x.stacked[0].clone() if isinstance(x, Dual) else x.detach(), own))
-        if isinstance(low, Dual):
-            low.stacked[1:][self.own] += own
-            return low
-        stack = new_stack(low, self.num_directions, low.shape)
-        stack[0] = low
-        stack[1:].zero_()
-        stack[1:][self.own] = own
-        return Dual(stack)
+        found = carrying_tangents(low, self.num_directions)
+        assert isinstance(found, Dual)
+        found.stacked[1:][self.own] += own
+        return found
 
     def gradient(self, slopes: Tensor, weight: Tensor) -> Tensor:
         """Of A, float32 on the CPU; slopes: (directions, rows, 1 or tokens)."""
@@ -168,7 +164,7 @@ class _Bottleneck:
         """(K, rows, tokens, rank): none at padding, which no loss depends on, so that it adds no error."""
         shape = torch.Size((self.num_rows, *low.shape[1:]))
         address = f"{self.parameter}@bottleneck/{call}"
-        drawn = torch.stack([self.draw(k, address, shape) for k in range(self.own.stop - self.own.start)])
+        drawn = torch.stack([self.draw.numbers(k, address, shape) for k in range(self.own.stop - self.own.start)])
         tangents = drawn.to(low.device, low.dtype)
         if self.mask is not None and self.mask.shape == shape[:2]:
             tangents *= self.mask.unsqueeze(-1)
@@ -183,16 +179,11 @@ def _entering(model: nn.Module, places: dict[nn.Linear, _Bottleneck]) -> Iterato
         place = next(place for known, place in places.items() if known is module)
         return lambda x: place.entered(x, forward(x))
 
-    def seeing_mask(module: nn.Module, forward: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            mask = kwargs.get("attention_mask")
-            for place in places.values():
-                place.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            return forward(*args, **kwargs)
+    def see(mask: Tensor | None) -> None:
+        for place in places.values():
+            place.mask = mask
 
-        return run
-
-    with patched_forwards(list(places), perturbed), patched_forwards([model], seeing_mask):
+    with patched_forwards(list(places), perturbed), seeing_mask(model, see):
         yield
 
 

@@ -1,6 +1,6 @@
 """A call of a layer, recorded so that it can be made again with another hidden state and the same randomness."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from spryfl.errors import ModelError
+from spryfl.forward_mode.patching import Forward, patched_forwards
 
 HIDDEN = "hidden_states"  # what transformers calls a layer's input where it is not the first argument
 PLAIN = (Tensor, str, int, float, torch.dtype, torch.device, type(None))
@@ -98,6 +99,22 @@ def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             raise ModelError(f"checkpointing: {kind} needs a gradient of more than its hidden state: {REMEDY}")
     return hidden, Call(layer, others, rest, RandomState.now(hidden) if draws(layer) else None)
+
+
+@contextmanager
+def seeing_mask(model: nn.Module, see: Callable[[Tensor | None], None]) -> Iterator[None]:
+    """Tell the padding mask of each pass inside: (rows, tokens) of bool, None where the model is given no such."""
+
+    def telling(module: nn.Module, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            mask = kwargs.get("attention_mask")
+            see(mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+            return forward(*args, **kwargs)
+
+        return run
+
+    with patched_forwards([model], telling):
+        yield
 
 
 def draws(layer: nn.Module) -> bool:

@@ -88,20 +88,6 @@ def on_cpu(shapes: Mapping[str, torch.Size], found: Sequence[Tensor | None]) -> 
     }
 
 
-def gradient_from_slopes(slopes: Tensor, shapes: Mapping[str, torch.Size], draw: Draw) -> dict[str, Tensor]:
-    """Rebuild a gradient from its slopes: g = (1/K) sum_k s_k v_k in each group of parameters.
-
-    Client and server both call this, so what the server rebuilds from K scalars and a seed is
-    bitwise what the client used (Spry's per-iteration mode; Panchal et al. 2024, section 3.2).
-
-    Args:
-        slopes: (K,) float32; K for each group.
-        shapes: shape of each parameter's gradient, by name.
-        draw: the directions the slopes were taken along.
-    """
-    return draw.gradient(slopes, shapes)
-
-
 def estimate_from_slopes(
     model: nn.Module, slopes: list[float], loss: float, parameters: Sequence[str], draw: Draw
 ) -> GradientEstimate:
@@ -109,4 +95,4 @@ def estimate_from_slopes(
     # Rounded to float32 first: that is what travels, so both sides see the same numbers.
     rounded = torch.tensor(slopes, dtype=torch.float32)
     shapes = {name: model.get_parameter(name).shape for name in parameters}
-    return GradientEstimate(gradient_from_slopes(rounded, shapes, draw), loss, rounded)
+    return GradientEstimate(draw.gradient(rounded, shapes), loss, rounded)

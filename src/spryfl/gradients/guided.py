@@ -188,7 +188,8 @@ class GuidedGradient:
         flat = torch.cat([directions[name].flatten(1) for name in group], dim=1).double()  # (directions, d)
         rows = list(flat[flat.norm(dim=1) > 0])
         if self.explore:
-            rows.append(torch.cat([draw(0, name, directions[name].shape[1:]).flatten() for name in group]).double())
+            drawn = [draw.numbers(0, name, directions[name].shape[1:]).flatten() for name in group]
+            rows.append(torch.cat(drawn).double())
         span: list[Tensor] = []
         for row in rows:
             rest = row.clone()

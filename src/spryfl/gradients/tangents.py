@@ -52,10 +52,6 @@ class Draw:
     known: Mapping[str, Tensor] = field(default_factory=dict)
     _choices: dict[tuple[str, int], list[int]] = field(default_factory=dict)
 
-    def __call__(self, k: int, parameter: str, shape: torch.Size) -> Tensor:
-        """The step's independent numbers."""
-        return self.numbers(k, parameter, shape)
-
     def num_slopes(self, parameters: Sequence[str], num_tangents: int) -> int:
         """K for each group."""
         return num_tangents * len(self._groups(parameters))
@@ -96,7 +92,15 @@ class Draw:
         return stacks
 
     def gradient(self, slopes: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-        """The gradient that slopes along these directions make: (num_slopes,) float32, K of each group in turn."""
+        """The gradient that slopes along these directions make: g = (1/K) sum_k s_k v_k in each group of parameters.
+
+        Client and server both call this, so what the server rebuilds from K scalars and a seed is bitwise what the
+        client used (Spry's per-iteration mode; Panchal et al. 2024, section 3.2).
+
+        Args:
+            slopes: (num_slopes,) float32, K of each group in turn.
+            shapes: of each parameter's gradient, by name.
+        """
         groups = self._groups(tuple(shapes))
         num_tangents = slopes.numel() // len(groups)
         gradients = {name: torch.zeros(shape) for name, shape in shapes.items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spryfl.errors import ModelError
 from spryfl.forward_mode.budget import NO_LIMIT, chunks_of
 from spryfl.forward_mode.patching import Forward, patched_forwards
-from spryfl.gradients.calls import HIDDEN, Call, hidden_of, record
+from spryfl.gradients.calls import HIDDEN, Call, hidden_of, record, seeing_mask
 from spryfl.gradients.reverse import GradientSums
 
 REMEDY = "train this model with estimator = 'forward' or 'backprop'"
@@ -113,15 +113,10 @@ def trace(
 
         return run
 
-    def seeing_mask(module: nn.Module, forward: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            mask = kwargs.get("attention_mask")
-            found.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            return forward(*args, **kwargs)
+    def see(mask: Tensor | None) -> None:
+        found.mask = mask
 
-        return run
-
-    with patched_forwards(list(dict.fromkeys(layers)), recording), patched_forwards([model], seeing_mask):
+    with patched_forwards(list(dict.fromkeys(layers)), recording), seeing_mask(model, see):
         value = loss(model)
     if not latest:
         raise ModelError(f"guided tangents: the loss calls none of the model's {len(layers)} layers: {REMEDY}")
