@@ -41,6 +41,8 @@ HEADLINE = (
     "fedyogi_adjusted",
     "head_alone",
 )
+TAUGHT_NOBODY = "multirc"
+"""In too few steps to tell methods apart: docs/results has it, the README's table does not."""
 POINTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Spry above the best of finite differences", "spry", ZEROTH_ORDER),
     ("Spry, guided, above it", "spry_guided", ZEROTH_ORDER),
@@ -56,8 +58,9 @@ POINTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def matrix_table(rows: Sequence[ResultRow]) -> str:
-    """Some methods on all datasets."""
-    return overview_tables([row for row in rows if row.variant in HEADLINE])[0][1].as_markdown()
+    """Some methods on the datasets that any of them learns."""
+    shown = [row for row in rows if row.variant in HEADLINE and not row.dataset.startswith(TAUGHT_NOBODY)]
+    return overview_tables(shown)[0][1].as_markdown()
 
 
 def costs_table(rows: Sequence[ResultRow]) -> str:
