@@ -1,7 +1,7 @@
 """Shared fixtures: a tiny model on disk with a real tokenizer, and a tiny labelled file."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,14 @@ def tiny_config(tiny_table: dict[str, dict[str, object]]) -> Callable[..., RunCo
         return parse_config(with_overrides(tiny_table, {k.replace("__", "."): v for k, v in overrides.items()}))
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A run sets the threads it asks for; the next test has those that it would have had."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

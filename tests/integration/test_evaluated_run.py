@@ -121,11 +121,9 @@ def test_resumed_and_interrupted_evaluations(evaluated: Make, tmp_path: Path) ->
 
 
 def test_evaluations_in_workers(evaluated: Make, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
     options = {"server__num_rounds": 1, "runtime__num_threads": 1}
     run_suite(evaluated(**options), tmp_path / "one")
     run_suite(evaluated(**options, runtime__num_workers=2), tmp_path / "two")
-    torch.set_num_threads(threads)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert RunDirectory(tmp_path / "two").read_events()[-1].held_out["personalized"]["failures"] == []
 

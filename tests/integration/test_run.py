@@ -151,10 +151,8 @@ def test_a_run_goes_on_from_its_state(
 
 
 def test_workers_give_the_same_run(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
     run_suite(tiny_config(runtime__num_threads=1), tmp_path / "one")
     run_suite(tiny_config(runtime__num_workers=2, runtime__num_threads=1), tmp_path / "two")
-    torch.set_num_threads(threads)
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 

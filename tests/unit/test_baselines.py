@@ -112,7 +112,9 @@ def test_directions_are_the_candidates_nearest_to_the_last_update() -> None:
         best = candidates[cosines.argsort(descending=True)[:2]]
         assert torch.equal(torch.stack([v[name].flatten() for v in chosen]), best)
     first = DirectionStream(0, 1, 3, num_candidates=5).at_step(0)  # nothing is known in the first round
-    assert all(torch.equal(v["a"], plain.numbers(k, "a", SHAPES["a"])) for k, v in enumerate(first.directions(SHAPES, 2)))
+    assert all(
+        torch.equal(v["a"], plain.numbers(k, "a", SHAPES["a"])) for k, v in enumerate(first.directions(SHAPES, 2))
+    )
 
 
 def test_more_clients_than_units_and_every_client_works(tiny_config: Callable[..., RunConfig]) -> None:

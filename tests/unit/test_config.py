@@ -1,6 +1,7 @@
 """A configuration is typed; a mistake is one message that names the remedy."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,11 +111,19 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.adapter.target_modules == ("q",)
 
 
-@pytest.mark.parametrize("override", ["server.num_rounds", "=3", "seed.x=3", "server.num_rounds.x=3"])
-def test_bad_overrides(tmp_path: Path, override: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("server.num_rounds", "--set server.num_rounds: write it as part.key=value"),
+        ("=3", "--set =3: write it as part.key=value"),
+        ("seed.x=3", "'seed' is a value, not a table of keys"),
+        ("server.num_rounds.x=3", "'num_rounds' is a value, not a table of keys"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
     file = tmp_path / "run.toml"
     file.write_text("seed = 1\n[server]\nnum_rounds = 3\n")
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(file, [override])
 
 

@@ -170,8 +170,17 @@ def test_settings_of_guides_are_no_matter_to_what_is_not_guided() -> None:
     assert digest("spry_guided", "unit") != digest("spry_guided", "step")
 
 
+@pytest.fixture
+def parquet_data(tmp_path: Path) -> Path:
+    """The names of data that nothing here reads."""
+    for name in ("snli", "mnli", "ag_news", "sst2"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "train.parquet").touch()
+    return tmp_path / "data"
+
+
 def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(
-    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, parquet_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[tuple[str, float]] = []
 
@@ -183,7 +192,7 @@ def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(
 
     monkeypatch.setattr("spryfl.bench.frontier.run_in", run_in)
     names = ["backprop", "backprop split", "forward K=1"]
-    tuned = tune(["mnli", "snli"], names, shared_data, tmp_path, lambda text: None)
+    tuned = tune(["mnli", "snli"], names, parquet_data, tmp_path, lambda text: None)
     assert tried == [
         ("fedyogi", 0.003),
         ("fedyogi", 0.01),
@@ -195,18 +204,18 @@ def test_a_search_keeps_the_rate_of_the_least_loss_and_serves_other_tasks(
     ]
     assert read_tuning(tmp_path) == tuned
     for task in ("snli", "mnli"):
-        assert variant_config(task, VARIANTS["backprop split"], shared_data, tuned, 0).server.learning_rate == 0.003
-    assert variant_config("prompted_sst2", VARIANTS["backprop"], shared_data, tuned, 0).server.learning_rate == 0.002
+        assert variant_config(task, VARIANTS["backprop split"], parquet_data, tuned, 0).server.learning_rate == 0.003
+    assert variant_config("prompted_sst2", VARIANTS["backprop"], parquet_data, tuned, 0).server.learning_rate == 0.002
     tuned["prompted_sst2"] = {"zeroth order": {"rate": 0.006}}
     for dial, rate in (("", 0.006), (" 150 rounds, falling rate", 0.006), (" 150 rounds, rate 0.002", 0.002)):
         variant = VARIANTS[f"zeroth order{dial}"]
-        assert variant_config("prompted_sst2", variant, shared_data, tuned, 0).server.learning_rate == rate
-    tune(["ag_news"], names, shared_data, tmp_path, lambda text: None)
+        assert variant_config("prompted_sst2", variant, parquet_data, tuned, 0).server.learning_rate == rate
+    tune(["ag_news"], names, parquet_data, tmp_path, lambda text: None)
     assert len(tried) == 7  # nothing twice
 
 
 def test_rows_of_an_earlier_bench_are_not_run_again(
-    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, parquet_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr("spryfl.bench.frontier.run_in", lambda config, folder: None)
@@ -221,7 +230,7 @@ def test_rows_of_an_earlier_bench_are_not_run_again(
         row("snli", "head alone", 0.5) | made_with("head alone", 0),
     ]
     (tmp_path / "frontier.json").write_text(json.dumps(kept))
-    rows = run_frontier(["snli"], ["head alone", "backprop"], [0, 1], shared_data, tmp_path, told.append)
+    rows = run_frontier(["snli"], ["head alone", "backprop"], [0, 1], parquet_data, tmp_path, told.append)
     assert told == ["snli, head alone, seed 1", "snli, backprop, seed 1"]
     assert [(r["estimator"], r["seed"], r["share_recovered"]) for r in rows] == [
         ("head alone", 0, 0.0),

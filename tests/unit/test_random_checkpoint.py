@@ -12,7 +12,6 @@ from families import FAMILIES
 from packed import open_model
 from spryfl.bench.random_checkpoint import MARK, write_random_checkpoint
 from spryfl.errors import ModelError
-from spryfl.memory.allocator import return_large_blocks
 from spryfl.models.checkpoint import Checkpoint
 from spryfl.models.shards import ShardWriter
 
@@ -69,7 +68,3 @@ def test_shards(tmp_path: Path) -> None:
     }
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in stored.read(tensors).items())
     assert stored.shapes()["c"] == ((60,), "F32")
-
-
-def test_the_allocator_takes_the_setting() -> None:
-    assert isinstance(return_large_blocks(), bool)
