@@ -37,9 +37,13 @@ class DeadlineError(SpryError):
     """A client did not finish a task in the time it was given."""
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The system's numbers for a disk, a quota or a file that takes no more."""
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether the system says that nothing more can be written."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in FULL_DISK
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ from spryfl.forward_mode.support import require_support
 from spryfl.gradients.estimator import GradientEstimator
 from spryfl.models.adapters import dropout_modules
 from spryfl.models.loading import AdaptedModel, load_model
-from spryfl.models.units import HEAD, layer_blocks, parameters_of, unit_places
+from spryfl.models.units import layer_blocks, parameters_of, unit_places
 from spryfl.safeguards import (
     accountant_of,
     require_checkpoint_budget,
@@ -207,7 +207,7 @@ class Workbench:
             num_clients=len(self.partition),
             cohort_size=min(config.server.cohort_size, len(self.partition)),
             units={unit.name: unit.parameters for unit in self.adapted.units},
-            shared=tuple(u.name for u in self.adapted.units if u.name == HEAD and head_is_shared),
+            shared=tuple(u.name for u in self.adapted.units if u.is_head and head_is_shared),
             assignment=method.assignment,
             blocks=layer_blocks(self.places) if config.method.deal == "layer" else (),
             rotate=config.method.rotate,

@@ -36,7 +36,7 @@ from spryfl.models.heads import head_modules
 from spryfl.models.lean import make_lean
 from spryfl.models.loading import load_model
 from spryfl.models.shapes import shape_config
-from spryfl.models.units import HEAD, Unit, trainable_units
+from spryfl.models.units import Unit, trainable_units
 
 Row = dict[str, Any]
 SPREAD = 4  # units, evenly over the layers, for the mean of Spry's assignments
@@ -97,8 +97,8 @@ def _units(case: Case, units: Sequence[Unit]) -> list[Sequence[Unit]]:
     """What each step perturbs: everything, or one unit after another with the head."""
     if case.units == "all":
         return [units]
-    head = [unit for unit in units if unit.name == HEAD]
-    dealt = [unit for unit in units if unit.name != HEAD]
+    head = [unit for unit in units if unit.is_head]
+    dealt = [unit for unit in units if not unit.is_head]
     return [[dealt[(2 * i + 1) * len(dealt) // (2 * SPREAD)], *head] for i in range(SPREAD)]
 
 

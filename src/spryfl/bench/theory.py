@@ -26,7 +26,6 @@ from spryfl.federated.client import BatchLoss, loaded
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import loss_and_slopes
-from spryfl.models.units import HEAD
 from spryfl.workbench import PartitionData, Workbench
 
 Row = dict[str, Any]
@@ -92,7 +91,7 @@ def measure_theory(settings: TheoryBench) -> Row:
 def measure_variance(bench: Workbench, settings: TheoryBench) -> list[Row]:
     """Normalized error of forward gradients of more and more units, from slopes of forward-mode passes."""
     loss = _loss(bench, range(settings.batch))
-    units = [unit for unit in bench.adapted.units if unit.name != HEAD]
+    units = [unit for unit in bench.adapted.units if not unit.is_head]
     rows = []
     for count in settings.counts:
         names = [name for unit in units[-count:] for name in unit.parameters]

@@ -60,9 +60,13 @@ class MethodConfig(Part):
     upload: Upload | None = Field(None, description="what travels up; the method's own by default")
 
     @model_validator(mode="after")
-    def _known_and_possible(self) -> "MethodConfig":
+    def _known(self) -> "MethodConfig":
         if self.name not in METHODS:
             raise ValueError(f"unknown method '{self.name}'.{nearest(self.name, METHODS)} See: spry list methods")
+        return self
+
+    @model_validator(mode="after")
+    def _upload_can_be_made(self) -> "MethodConfig":
         if (self.upload or METHODS[self.name].upload) == "slopes" and self.own_estimator in NOT_OF_SLOPES:
             raise ValueError(
                 f"upload = 'slopes': nothing can be rebuilt from them with estimator '{self.own_estimator}', whose "
@@ -74,6 +78,14 @@ class MethodConfig(Part):
                 f"upload = '{self.upload}': clients of method '{self.name}' take {steps}, so what they have to send is "
                 f"'{self._whole_upload}': leave upload out"
             )
+        if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
+            raise ValueError(
+                f"exact_head: the head's gradient cannot be rebuilt from slopes; set upload = '{self._whole_upload}'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _directions_can_be_drawn(self) -> "MethodConfig":
         if self.own_estimator == "bottleneck" and (self.distribution in ("orthogonal", "coordinate") or self.shrinkage):
             raise ValueError(
                 "estimator = 'bottleneck' draws independent directions for every example, unscaled: leave shrinkage "
@@ -90,14 +102,14 @@ class MethodConfig(Part):
                     f"num_candidates = {self.own_num_candidates}: directions chosen one by one are not "
                     f"{self.distribution}: set num_candidates = 1, or distribution = 'gaussian'"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_belong_to_their_method(self) -> "MethodConfig":
         if self.variance_threshold is not None and METHODS[self.name].pacing == "none":
             raise ValueError(
                 f"variance_threshold: method '{self.name}' takes every round as it comes: leave it out, or choose "
                 "'fwdllm' or 'fwdllm_plus'"
-            )
-        if (self.upload or METHODS[self.name].upload) == "slopes" and self.exact_head:
-            raise ValueError(
-                f"exact_head: the head's gradient cannot be rebuilt from slopes; set upload = '{self._whole_upload}'"
             )
         if self.estimator == "auto" and self.checkpointing != "none":
             raise ValueError(f"checkpointing = '{self.checkpointing}': estimator = 'auto' chooses it; leave it out")

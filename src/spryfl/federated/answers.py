@@ -1,7 +1,7 @@
 """What comes back from a round's clients: validated, and turned into the changes that it proposes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -14,9 +14,16 @@ from spryfl.federated.validation import MAX_EXAMPLES, require_norm, validate_upd
 
 @dataclass
 class Answers:
-    """A round's updates that passed validation with what they propose, and what became of the other tasks."""
+    """What became of a round's tasks.
+
+    Attributes:
+        updates: that passed validation, without their tensors, which would stand twice.
+        contributions: what they propose.
+        bytes_up: of them, tensors included.
+    """
 
     updates: list[ClientUpdate] = field(default_factory=list)
+    bytes_up: int = 0
     contributions: list[Contribution] = field(default_factory=list)
     failures: list[ClientFailure] = field(default_factory=list)
     refused: list[ClientFailure] = field(default_factory=list)
@@ -52,7 +59,8 @@ def collect_answers(runtime: Runtime, tasks: Sequence[ClientTask], federation: F
         except UpdateRefusedError as error:
             found.refused.append(ClientFailure(answer.client, str(error), "refused"))
         else:
-            found.updates.append(answer)
+            found.updates.append(replace(answer, tensors={}, slopes=None))
+            found.bytes_up += answer.payload_bytes
             if not _varies_too_much(answer, federation):
                 weight = federation.sampling.weight(answer.client, answer.num_examples)
                 found.contributions.append(Contribution(answer.client, change, weight))

@@ -5,7 +5,6 @@ reports is no concern of it.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,7 +30,6 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
     Raises:
         SpryError: fewer clients than the quorum returned a usable update.
     """
-    started = time.perf_counter()
     round = state.round + 1
 
     # 1. Sample the cohort and assign units to its clients, each no more than its memory holds.
@@ -65,9 +63,8 @@ def run_round(state: FederatedState, federation: Federation, runtime: Runtime) -
         round=round,
         loss=_mean_loss(updates, federation.sampling),
         clients=tuple(sorted(u.client for u in updates)),
-        bytes_up=sum(u.payload_bytes for u in updates),
+        bytes_up=answers.bytes_up,
         bytes_down=sum(task.payload_bytes for task in tasks.values()),
-        seconds=time.perf_counter() - started,
         client_seconds=sum(u.seconds for u in updates),
         client_cpu_seconds=sum(u.cpu_seconds for u in updates),
         peak_activation_bytes=max(u.peak_activation_bytes for u in updates),

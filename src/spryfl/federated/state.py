@@ -111,7 +111,7 @@ class RoundReport:
         untrained: units nobody trained; they stay as they were.
         unheld: units no client of the cohort has the memory for.
         settings: by client, where memory is a matter or estimators are chosen.
-        seconds: wall-clock time; client_seconds, client_cpu_seconds: the clients' computing time, added up.
+        client_seconds, client_cpu_seconds: the clients' computing time, added up.
     """
 
     round: int
@@ -119,7 +119,6 @@ class RoundReport:
     clients: tuple[int, ...]
     bytes_up: int
     bytes_down: int
-    seconds: float
     client_seconds: float
     client_cpu_seconds: float
     peak_activation_bytes: int

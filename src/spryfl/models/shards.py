@@ -1,6 +1,5 @@
 """Writing a model folder: shard by shard into a temporary sibling, under its own name only when complete."""
 
-import errno
 import json
 import os
 import re
@@ -14,11 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spryfl.errors import ModelError
+from spryfl.errors import FULL_DISK, ModelError, is_full_disk
 from spryfl.models.checkpoint import INDEX, SINGLE
 
 SHARD_BYTES = 256 * 2**20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardWriter:
@@ -104,11 +102,9 @@ def _no_space(target: Path, needed: int) -> str:
 
 
 def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _FULL
     # safetensors reports what the system said in its own error.
     number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
-    return number is not None and int(number[1]) in _FULL
+    return is_full_disk(error) or (number is not None and int(number[1]) in FULL_DISK)
 
 
 def _force_to_disk(path: Path) -> None:

@@ -12,14 +12,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.events import Observer, RoundEvent, Summary
 
 WIDE = 92  # columns; narrower terminals go without the bar
 _SHORT = {"accuracy": "acc", "perplexity": "ppl"}
 EMPTY: dict[str, Any] = {"loss": "", "score": "", "up": "", "down": "", "peak": ""}
 
 
-class ConsoleObserver:
+class ConsoleObserver(Observer):
     """One line a run: round, loss, accuracy, bytes up and down, activation peak, time left.
 
     Off a terminal each evaluated round is told instead.
@@ -72,9 +72,6 @@ class ConsoleObserver:
         self._label, self._current, self._up, self._down = label, self._tasks[label], 0, 0
         self._progress.start_task(self._current)
         self._progress.update(self._current, completed=first_round)
-
-    def before_client(self) -> None:
-        """See `Observer.before_client`."""
 
     def round_finished(self, event: RoundEvent) -> None:
         """See `Observer.round_finished`."""

@@ -149,20 +149,20 @@ class Summary:
 
 
 class Observer(Protocol):
-    """Someone who is told how a run goes."""
+    """Someone who is told how a run goes; what a subclass leaves out it does not hear."""
 
     def started(self, label: str, first_round: int, num_rounds: int) -> None:
         """A run begins, or goes on after `first_round` rounds."""
-        ...
+        return
 
     def before_client(self) -> None:
         """A client is about to train; raising KeyboardInterrupt here stops the run cleanly."""
-        ...
+        return
 
     def round_finished(self, event: RoundEvent) -> None:
         """A round is done and will be in the checkpoint."""
-        ...
+        return
 
     def finished(self, summary: Summary) -> None:
         """The run is done."""
-        ...
+        return

@@ -2,13 +2,13 @@
 
 import signal
 
-from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.events import Observer
 
 EXIT_CODE = 130
 """Of a command that a signal stopped, as shells have it."""
 
 
-class Interruption:
+class Interruption(Observer):
     """Notes the first signal and raises KeyboardInterrupt at the next safe place; a second one raises at once.
 
     Raising in the handler itself would not do: Python swallows an exception that falls into a finalizer.
@@ -24,16 +24,7 @@ class Interruption:
             raise KeyboardInterrupt
         self._wanted = True
 
-    def started(self, label: str, first_round: int, num_rounds: int) -> None:
-        """See `Observer.started`."""
-
     def before_client(self) -> None:
         """See `Observer.before_client`."""
         if self._wanted:
             raise KeyboardInterrupt
-
-    def round_finished(self, event: RoundEvent) -> None:
-        """See `Observer.round_finished`."""
-
-    def finished(self, summary: Summary) -> None:
-        """See `Observer.finished`."""

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from spryfl.errors import SpryError
-from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.events import Observer, RoundEvent, Summary
 
 OF_EVALUATIONS = ("test_loss", "generalized", "personalized")
 SCALARS = ("loss", *OF_EVALUATIONS, "bytes_up", "bytes_down", "seconds", "peak_activation_bytes", "epsilon")
 
 
-class TensorBoardObserver:
+class TensorBoardObserver(Observer):
     """Writes one scalar series for each figure of a round."""
 
     def __init__(self, folder: Path) -> None:
@@ -18,12 +18,6 @@ class TensorBoardObserver:
         except ImportError as error:
             raise SpryError("--tensorboard needs TensorBoard: pip install 'spryfl[tensorboard]'") from error
         self._writer = SummaryWriter(log_dir=str(folder))
-
-    def started(self, label: str, first_round: int, num_rounds: int) -> None:
-        """Nothing to write yet."""
-
-    def before_client(self) -> None:
-        """Nothing to write."""
 
     def round_finished(self, event: RoundEvent) -> None:
         own = {name: getattr(event, name) for name in SCALARS}

@@ -14,7 +14,7 @@ from spryfl.run import hold_to, run, with_absolute_paths
 from spryfl.runtime.flower.presence import Presence
 from spryfl.runtime.flower.runtime import FlowerRuntime
 from spryfl.runtime.flower.settings import Order, read_order
-from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.events import Observer, RoundEvent, Summary
 from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
@@ -59,15 +59,12 @@ def serve(grid: Grid, order: Order) -> Summary:
         return run(config, directory, [_Log()], config.label or config.method.name, connect)
 
 
-class _Log:
+class _Log(Observer):
     """A line a round, to Flower's log."""
 
     def started(self, label: str, first_round: int, num_rounds: int) -> None:
         self._num_rounds = num_rounds
         print(f"{label}: {f'going on after round {first_round}' if first_round else 'a new run'}", flush=True)
-
-    def before_client(self) -> None:
-        """Flower stops a run by ending its process."""
 
     def round_finished(self, event: RoundEvent) -> None:
         parts = [f"round {event.round} of {self._num_rounds}", f"{event.num_updates} updates"]
