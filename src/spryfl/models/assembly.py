@@ -199,8 +199,9 @@ def initialize(model: PreTrainedModel, missing: Sequence[str], dtype: torch.dtyp
         parameter._is_hf_initialized = path not in held
     model.initialize_weights()
     for path in missing:
-        parameter = model.get_parameter(path)
-        parameter.data = parameter.data.to(device)
+        owner, _, name = path.rpartition(".")
+        drawn = model.get_parameter(path).detach()
+        setattr(model.get_submodule(owner), name, nn.Parameter(drawn.to(device)))
 
 
 @contextmanager
