@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from spryfl.compare.equal_score import equal_score_table
-from spryfl.compare.plots import plot_dataset, scores_seen
+from spryfl.compare.plots import dataset_figure, plot_dataset, scores_seen
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
 from spryfl.compare.summary import summary_table
 from spryfl.compare.tables import Table, metrics_table, overview_tables, results_table, search_table, target_table
@@ -271,8 +271,17 @@ def test_curves_are_drawn_over_rounds_time_and_bytes(tmp_path: Path) -> None:
         for label in ("Spry", "FedYogi")
         for seed in (0, 1)
     ]
-    plot_dataset(results, ["Spry", "FedYogi", "not run yet"], tmp_path / "curves.png")
+    methods = ["Spry", "FedYogi", "not run yet"]
+    plot_dataset(results, methods, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    over_rounds, _, over_bytes = dataset_figure(results, methods, ["FedYogi"]).axes
+    by_label = {str(line.get_label()): line for line in over_rounds.lines}
+    assert [by_label.get(label) is None for label in methods] == [False, False, True]
+    assert by_label["Spry"].get_xdata() == pytest.approx([0, 1, 2, 3, 4])
+    assert by_label["Spry"].get_ydata() == pytest.approx([0.31, 0.41, 0.51, 0.61, 0.71])  # the mean of both seeds
+    assert by_label["FedYogi"].get_linewidth() > by_label["Spry"].get_linewidth()
+    assert len(over_rounds.collections) == 1  # the one interval
+    assert over_bytes.lines[0].get_xdata()[1:] == pytest.approx([110e-6, 220e-6, 330e-6, 440e-6])
 
 
 def test_the_axis_of_scores_shows_every_seed_and_the_target() -> None:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,14 +28,20 @@ LINES = ("-", "--", "-.", (0, (1, 1)))
 MARKERS = "osD^v<>pPX*hd"
 
 
-def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) -> None:
+def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path, contenders: Sequence[str] = ()) -> None:
     """Three panels of one dataset: a line for each method, the mean over seeds, with its confidence interval.
 
     The score before training cost nothing, so it stands over the rounds alone.
 
     Args:
         methods: labels of all the suite's methods, so that each has its colour in every dataset.
+        contenders: those that stand out where there are many, and alone have their interval; none: all alike.
     """
+    save_figure(dataset_figure(results, methods, contenders), path)
+
+
+def dataset_figure(results: Sequence[Result], methods: Sequence[str], contenders: Sequence[str]) -> Figure:
+    """See `plot_dataset`."""
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
     by_label: dict[str, list[Result]] = defaultdict(list)
@@ -43,7 +50,7 @@ def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) 
     for axes, (label, quantity) in zip(panels, AXES, strict=True):
         for place, method in enumerate(methods):
             if method in by_label:
-                _draw(axes, by_label[method], method, quantity, place)
+                _draw(axes, by_label[method], method, quantity, place, not contenders or method in contenders)
         if results[0].row.target is not None:
             axes.axhline(results[0].row.target, color="grey", linestyle=":", linewidth=1)
         axes.set(xlabel=label)
@@ -57,7 +64,7 @@ def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path) 
         axes.xaxis.set_minor_formatter(NullFormatter())
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
-    save_figure(figure, path)
+    return figure
 
 
 def scores_seen(results: Sequence[Result]) -> tuple[float, float]:
@@ -69,7 +76,7 @@ def scores_seen(results: Sequence[Result]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw(axes: Axes, results: Sequence[Result], label: str, quantity: Quantity, place: int) -> None:
+def _draw(axes: Axes, results: Sequence[Result], label: str, quantity: Quantity, place: int, stands_out: bool) -> None:
     """One method's line; at each evaluated round the mean over seeds of both coordinates."""
     points: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for result in results:
@@ -83,6 +90,7 @@ def _draw(axes: Axes, results: Sequence[Result], label: str, quantity: Quantity,
     mean, half = np.array([s.mean for s in spans]), np.array([s.half_width or 0.0 for s in spans])
     colour, line = f"C{place % 10}", LINES[place // 10 % len(LINES)]
     marker = MARKERS[place % len(MARKERS)]
-    axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, linewidth=1.3, label=label)
-    if half.any():
+    look: dict[str, Any] = {"linewidth": 1.8, "zorder": 3} if stands_out else {"linewidth": 0.9, "alpha": 0.65}
+    axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, label=label, **look)
+    if stands_out and half.any():
         axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)

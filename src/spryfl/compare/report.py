@@ -52,8 +52,9 @@ def write_report(suite: Suite) -> list[ResultRow]:
     """All of it, from the runs that are finished."""
     results = read_results(suite)
     labels = [method.shown for method in suite.config.method]
+    contenders = [method.shown for method in suite.config.method if method.name in suite.config.contenders]
     for dataset, own in _by_dataset(results).items():
-        plot_dataset(own, labels, _curves(suite, dataset))
+        plot_dataset(own, labels, _curves(suite, dataset), contenders)
     rows, sections = _write_results(suite, results)
     write_atomically(suite.out / "report.html", _html(_title(suite), sections).encode())
     return rows
