@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from spryfl.config import DataConfig
-from spryfl.data.examples import Batch, Examples, numbered
+from spryfl.data.examples import Batch, Examples, inputs_of, numbered
 from spryfl.data.task import Evaluation, evaluate_classes
 from spryfl.errors import DataError
 
@@ -41,7 +41,7 @@ class Classification:
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, labels), in float32 at least."""
-        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        logits = model(**inputs_of(batch)).logits
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:

@@ -35,6 +35,11 @@ class Examples:
         return sources if self.sources is None else np.flatnonzero(np.isin(self.sources, sources))
 
 
+def inputs_of(batch: Batch) -> Batch:
+    """What the model is called with: all but the labels."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
 def numbered(things: Iterable[Hashable]) -> np.ndarray:
     """(things,) a number for each, the same for equal ones, from 0 as they first appear."""
     known: dict[Hashable, int] = {}

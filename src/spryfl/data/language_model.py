@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from spryfl.config import DataConfig, TaskConfig
 from spryfl.data.classification import token_limit
-from spryfl.data.examples import Batch, Examples
+from spryfl.data.examples import Batch, Examples, inputs_of
 from spryfl.data.prompted import Prompts
 from spryfl.data.task import Evaluation, Sample, longest_first_batches
 from spryfl.errors import DataError
@@ -59,13 +59,11 @@ class LanguageModel:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows,) the mean cross-entropy of each row's written tokens, in float32 at least."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return row_losses(model, inputs, batch["labels"])
+        return row_losses(model, inputs_of(batch), batch["labels"])
 
     def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, tokens) what each row's loss is the sum of, at the token that predicts."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return token_losses(model, inputs, batch["labels"])
+        return token_losses(model, inputs_of(batch), batch["labels"])
 
     def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:
         """See `Task.evaluate`."""
@@ -73,8 +71,7 @@ class LanguageModel:
         with torch.inference_mode():
             for part in longest_first_batches(examples, rows, batch_size):
                 batch = self.batch(examples, part)
-                inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-                scores = token_scores(model, inputs, batch["labels"])
+                scores = token_scores(model, inputs_of(batch), batch["labels"])
                 row_of, losses, likeliest = (tensor.cpu() for tensor in scores)  # not all devices have float64
                 counts = torch.bincount(row_of, minlength=len(part))
                 loss += float((losses.double() / counts[row_of]).sum())

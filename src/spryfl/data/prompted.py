@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spryfl.config import DataConfig, TaskConfig
 from spryfl.data.classification import token_limit
-from spryfl.data.examples import Batch, Examples
+from spryfl.data.examples import Batch, Examples, inputs_of
 from spryfl.data.task import Evaluation, evaluate_classes
 from spryfl.errors import DataError
 from spryfl.forward_mode.next_token import next_token_logits
@@ -151,8 +151,7 @@ class PromptedClassification:
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, classes): the label words' logits at each prompt's end, in float32 at least."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = next_token_logits(model, inputs, self.words)
+        logits = next_token_logits(model, inputs_of(batch), self.words)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def evaluate(self, model: nn.Module, examples: Examples, rows: Sequence[int], batch_size: int) -> Evaluation:

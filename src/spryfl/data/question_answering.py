@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
-from spryfl.data.examples import Batch, Examples
+from spryfl.data.examples import Batch, Examples, inputs_of
 from spryfl.data.metrics import best_over_thresholds, exact_match, token_f1
 from spryfl.data.task import Evaluation, Sample, longest_first_batches
 from spryfl.data.windows import Windows
@@ -68,7 +68,7 @@ class QuestionAnswering:
 
     def logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of starts and ends: (rows, tokens) each, in float32 at least; next to nothing at padding."""
-        output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+        output = model(**inputs_of(batch))
         wide = torch.promote_types(output.start_logits.dtype, torch.float32)
         padding = (1 - batch["attention_mask"].to(wide)) * -1e9
         return output.start_logits.to(wide) + padding, output.end_logits.to(wide) + padding
