@@ -8,8 +8,9 @@ import pytest
 
 from spryfl.config import RunConfig
 from spryfl.errors import DataError, RunDirectoryError
+from spryfl.files import write_atomically
 from spryfl.suite import resume_suite, run_suite
-from spryfl.tracking.run_directory import RunDirectory, write_atomically
+from spryfl.tracking.run_directory import RunDirectory
 
 
 def test_a_run_directory_is_never_overwritten(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:

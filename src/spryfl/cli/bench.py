@@ -49,7 +49,7 @@ def memory(
     """Activation peak, resident peak and seconds of a step: every estimator on models up to 13B. Takes hours."""
     from spryfl.bench.memory import NAMES, default_cache, read_rows, run_works, with_kept
     from spryfl.bench.memory_report import as_markdown, plot_growth
-    from spryfl.tracking.run_directory import write_atomically
+    from spryfl.files import write_atomically
 
     if work == ["list"]:
         print("\n".join(NAMES))

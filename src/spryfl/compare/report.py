@@ -20,7 +20,8 @@ from spryfl.compare.results import Result, ResultRow, read_results, write_parque
 from spryfl.compare.summary import summary_table
 from spryfl.compare.tables import Table, metrics_table, note, overview_tables, results_table, search_table, target_table
 from spryfl.config import SearchConfig, SuiteConfig
-from spryfl.tracking.run_directory import RunDirectory, write_atomically
+from spryfl.files import write_atomically
+from spryfl.tracking.run_directory import RunDirectory
 
 STYLE = (
     "body{font-family:sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"

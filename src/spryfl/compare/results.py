@@ -11,6 +11,7 @@ from typing import Any, get_args
 from spryfl.compare.cells import Cell, Suite
 from spryfl.compare.search import read_outcome
 from spryfl.data.task import LOWER_IS_BETTER
+from spryfl.files import write_atomically
 from spryfl.tracking.events import RoundEvent
 from spryfl.tracking.run_directory import RunDirectory
 
@@ -121,9 +122,9 @@ def write_parquet(rows: Sequence[ResultRow], path: Path) -> None:
 
     schema = pyarrow.schema([(field.name, column(field.type)) for field in fields(ResultRow)])
     table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=schema)
-    temporary = path.with_suffix(".tmp.parquet")
-    parquet.write_table(table, temporary)
-    temporary.replace(path)
+    written = pyarrow.BufferOutputStream()
+    parquet.write_table(table, written)
+    write_atomically(path, written.getvalue().to_pybytes())
 
 
 def _result(suite: Suite, cell: Cell) -> Result | None:

@@ -21,11 +21,12 @@ from spryfl.compare.cells import Cell, Settings, Suite
 from spryfl.config import RunConfig, SearchRange, parse_config
 from spryfl.data.task import LOWER_IS_BETTER
 from spryfl.errors import ConfigError, RunDirectoryError, SpryError
+from spryfl.files import write_atomically
 from spryfl.run import run_in
 from spryfl.runtime.in_process import FAILURES
 from spryfl.tracking.events import Observer
 from spryfl.tracking.lock import held
-from spryfl.tracking.run_directory import RunDirectory, write_atomically
+from spryfl.tracking.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from optuna import Study

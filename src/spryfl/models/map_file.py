@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from spryfl.config import TaskConfig
 from spryfl.errors import ModelError
+from spryfl.files import write_atomically
 from spryfl.gradients.backward_maps import MapSettings
 from spryfl.gradients.guesses import BackwardMap, fault_of, tensors_of, with_cosines
 
@@ -56,12 +57,7 @@ def write_maps(
     metadata |= {name: str(value) for name, value in asdict(purpose.settings).items()}
     tensors = with_cosines(tensors_of(maps), cosines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".tmp")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def read_maps(path: Path, purpose: Purpose, num_layers: int, hidden: int) -> dict[str, Tensor]:

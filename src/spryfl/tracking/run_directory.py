@@ -30,6 +30,7 @@ from spryfl.config import RunConfig, load_config
 from spryfl.errors import ConfigError, RunDirectoryError
 from spryfl.federated.choosing import Calibration
 from spryfl.federated.state import FederatedState
+from spryfl.files import write_atomically
 from spryfl.tracking.events import RoundEvent, Summary
 from spryfl.tracking.lock import LOCK_FILE
 
@@ -226,28 +227,3 @@ def _readable(file: Path) -> Iterator[None]:
         raise RunDirectoryError(
             f"{file}: of another version of spry, or damaged ({error}): use that version, or remove the folder"
         ) from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, force to disk, rename: a reader finds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the rename itself to disk, where the system lets a folder be opened (POSIX)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
