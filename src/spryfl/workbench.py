@@ -16,9 +16,9 @@ from spryfl.config import RunConfig
 from spryfl.data.examples import Batch, Examples
 from spryfl.data.loading import Rows, load_own_rows, load_rows
 from spryfl.data.logit_adjustment import AdjustedClassification, label_offset
-from spryfl.data.partition import Partition, hold_out, label_counts, partition_rows
+from spryfl.data.partition import Partition, hold_out, label_counts, share_out
 from spryfl.data.task import Answers, Classifier, Evaluation, Sample, Task, TokenTask
-from spryfl.errors import ConfigError, DataError, nearest
+from spryfl.errors import ConfigError
 from spryfl.estimators import CHOSEN_AMONG, new_estimator
 from spryfl.federated.accounting import Accountant
 from spryfl.federated.client import Client, LocalTraining, loaded, read_values
@@ -41,27 +41,6 @@ from spryfl.safeguards import (
     require_majorities,
 )
 from spryfl.tasks import TASKS, Encode
-
-
-def share_out(config: RunConfig, rows: Rows) -> tuple[Partition, Partition]:
-    """The rows that each client trains on, and those that it is evaluated on."""
-    column = config.partition.column
-    if column is not None and column not in rows.train.column_names:
-        known = rows.train.column_names
-        raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
-    whole = partition_rows(
-        config.partition,
-        rows.classes(config.data.label_column),
-        None if column is None else rows.train[column][:],
-        config.seed,
-    )
-    partition, held_out = hold_out(whole, config.evaluation.held_out, config.seed)
-    if config.evaluation.held_out > 0 and not any(map(len, held_out)):
-        raise DataError(
-            f"evaluation.held_out = {config.evaluation.held_out:g} is less than a row of every client: raise it, or "
-            "lower partition.num_clients, so that clients hold more rows"
-        )
-    return partition, held_out
 
 
 @dataclass(frozen=True)

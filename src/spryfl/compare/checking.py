@@ -10,12 +10,12 @@ from spryfl.compare.cells import Cell, Suite, collected
 from spryfl.compare.search import read_outcome, require_same_search, search_config
 from spryfl.config import RunConfig
 from spryfl.data.loading import load_rows
+from spryfl.data.partition import share_out
 from spryfl.data.public_text import load_public_text
 from spryfl.errors import RunDirectoryError, SpryError
 from spryfl.models.sources import find_model
 from spryfl.run import require_same
 from spryfl.tracking.run_directory import RunDirectory
-from spryfl.workbench import share_out
 
 
 def check_cells(suite: Suite, cells: Sequence[Cell]) -> None:

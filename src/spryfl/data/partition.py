@@ -4,14 +4,40 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from spryfl.config import PartitionConfig
-from spryfl.errors import DataError
+from spryfl.config import PartitionConfig, RunConfig
+from spryfl.data.loading import Rows
+from spryfl.errors import DataError, nearest
 
 Partition = list[np.ndarray]
 """Sorted row numbers of each client; every row belongs to one client."""
 
 _HELD_OUT_STREAM = 2  # keeps held-out rows independent of the cohorts, drawn from the same seed
 _LARGEST_ALPHA = 1e12  # proportions are equal to six digits there, and sums of more overflow
+
+
+def share_out(config: RunConfig, rows: Rows) -> tuple[Partition, Partition]:
+    """The rows that each client trains on, and those that it is evaluated on.
+
+    Raises:
+        DataError: the column is missing, rows are too few, or no client is left with any to be evaluated on.
+    """
+    column = config.partition.column
+    if column is not None and column not in rows.train.column_names:
+        known = rows.train.column_names
+        raise DataError(f"partition.column: no column '{column}'.{nearest(column, known)} There is {known}")
+    whole = partition_rows(
+        config.partition,
+        rows.classes(config.data.label_column),
+        None if column is None else rows.train[column][:],
+        config.seed,
+    )
+    partition, held_out = hold_out(whole, config.evaluation.held_out, config.seed)
+    if config.evaluation.held_out > 0 and not any(map(len, held_out)):
+        raise DataError(
+            f"evaluation.held_out = {config.evaluation.held_out:g} is less than a row of every client: raise it, or "
+            "lower partition.num_clients, so that clients hold more rows"
+        )
+    return partition, held_out
 
 
 def partition_rows(
