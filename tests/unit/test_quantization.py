@@ -22,9 +22,9 @@ from spryfl.forward_mode.dual import make_dual
 from spryfl.forward_mode.operators import use_lean_operators
 from spryfl.forward_mode.packed import has_matrix_unit, product
 from spryfl.models import shards
-from spryfl.models.noise import quiet_bitsandbytes
 from spryfl.models.quantization import KINDS, packed_bytes, packed_parameter, quantize, unpackers
 from spryfl.models.quantizing import natural, quantize_checkpoint
+from spryfl.models.quiet import quiet_bitsandbytes
 from spryfl.models.units import HEAD
 
 bnb = pytest.importorskip("bitsandbytes")
