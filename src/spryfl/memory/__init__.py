@@ -1,1 +1,1 @@
-"""Memory, measured. Predicting it before a run comes later."""
+"""Memory, measured and predicted."""
