@@ -19,7 +19,7 @@ from spryfl.errors import ConfigError, SpryError
 from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, EvaluationTask
 from spryfl.presets import FLOWER_APP
 from spryfl.runtime.flower import performer, warm
-from spryfl.runtime.flower.settings import partition_of, read_order
+from spryfl.runtime.flower.settings import own_data_of, partition_of, read_order
 from spryfl.runtime.messages import decode_evaluation, decode_update, encode_task
 from spryfl.runtime.parcels import Parcel
 from spryfl.workbench import Workbench
@@ -199,6 +199,15 @@ def test_run_config_and_node_config_are_checked(tiny_file: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             read_order(tiny_file, {key: wrong})
+
+
+def test_own_data_go_with_a_partition_of_their_own() -> None:
+    assert own_data_of({"data": "rows.jsonl"}, "own") == "rows.jsonl"
+    assert own_data_of({}, "iid") is None
+    with pytest.raises(ConfigError, match=r"names no data, but partition\.kind = 'own'"):
+        own_data_of({}, "own")
+    with pytest.raises(ConfigError, match=r"names data = 'rows\.jsonl', but partition\.kind = 'iid'"):
+        own_data_of({"data": "rows.jsonl"}, "iid")
 
 
 def test_where_a_column_decides_the_data_tell_how_many_clients_there_are(

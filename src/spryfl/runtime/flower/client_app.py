@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from spryfl.errors import SpryError
-from spryfl.runtime.flower.settings import partition_of, read_order
+from spryfl.runtime.flower.settings import own_data_of, partition_of, read_order
 from spryfl.runtime.flower.wire import about_of, parcel_of, to_content
 from spryfl.runtime.parcels import Parcel, failure_parcel
 
@@ -57,13 +57,13 @@ def _answer(config_file: Path, message: Message, context: Context) -> Parcel:
     parcel = parcel_of(message)
     asked = json.loads(parcel.header)
     is_task = asked["kind"] != "presence"
-    data = context.node_config.get("data")
+    data = own_data_of(context.node_config, order.config.partition.kind)
     simulated = "ray" in sys.modules  # then this process outlives the message itself, and stands for many clients
     header = {
         "file": str(order.file.resolve()),
         "overrides": order.overrides,
         "client": partition_of(context.node_config, order.num_clients),
-        "data": None if data is None else str(data),
+        "data": data,
         "labels": json.loads(about_of(message))["labels"] if is_task else None,
         "shared": simulated and data is None,
         "task": parcel.header if is_task else None,

@@ -80,3 +80,19 @@ def partition_of(node_config: Mapping[str, Any], num_clients: int | None) -> int
             "--node-config 'partition-id=0'"
         )
     return given
+
+
+def own_data_of(node_config: Mapping[str, Any], kind: str) -> str | None:
+    """The path of a node's own data; None where it takes its part of the run's.
+
+    Raises:
+        ConfigError: what its configuration names does not go with the run's partition.
+    """
+    given = node_config.get("data")
+    if (given is None) == (kind == "own"):
+        wrong = "names no data" if given is None else f"names data = {given!r}"
+        raise ConfigError(
+            f"node config: it {wrong}, but partition.kind = '{kind}': data = 'PATH' and partition.kind = 'own' go "
+            "together"
+        )
+    return None if given is None else str(given)
