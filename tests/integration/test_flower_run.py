@@ -250,6 +250,29 @@ def test_killed_servers_go_on_from_their_last_round(tiny_table: dict[str, dict[s
 
 @pytest.mark.flower
 @pytest.mark.timeout(1800)
+def test_clients_bring_data_of_their_own(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """However many rows each has; a node that names none takes no part, and says why."""
+    table = tiny(tiny_table, num_rounds=2, cohort_size=3, quorum=0.5)
+    table |= {"partition": {"kind": "own", "num_clients": 3}, "evaluation": {"held_out": 0.2}}
+    files = [tmp_path / f"rows{client}.jsonl" for client in (0, 1)]
+    for file, num_rows in zip(files, (100, 15), strict=True):
+        rows = [{"text": f"the film is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(num_rows)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    with FlowerWorld(tmp_path / "w", table) as world:
+        for client, file in enumerate(files):
+            world.start_node(client, extra=f"data='{file}'")
+        world.start_node(2)
+        run = world.submit(wait_seconds=60.0)
+        assert world.finish(run, 500) == "finished:completed", world.log()
+        events = world.events()[1:]
+        assert "takes no part: node config: it names no data, but partition.kind = 'own'" in world.log()
+    assert [event.clients for event in events] == [(0, 1)] * 2
+    assert [event.failure_kinds for event in events] == [{"absent": 1}] * 2
+    assert events[-1].held_out["generalized"]["num_examples"] == 20 + 3
+
+
+@pytest.mark.flower
+@pytest.mark.timeout(1800)
 def test_a_simulation_of_a_hundred_clients(tiny_table: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """In Ray's processes, one processor each; again bitwise what one process trains."""
     pytest.importorskip("ray")
