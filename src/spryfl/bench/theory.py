@@ -26,6 +26,7 @@ from spryfl.federated.client import BatchLoss, loaded
 from spryfl.gradients.backprop import Backprop
 from spryfl.gradients.directions import DirectionStream
 from spryfl.gradients.forward import loss_and_slopes
+from spryfl.gradients.tangents import Draw
 from spryfl.workbench import PartitionData, Workbench
 
 Row = dict[str, Any]
@@ -146,12 +147,12 @@ def _loss(bench: Workbench, rows: Sequence[int]) -> BatchLoss[Any]:
 def _values(bench: Workbench) -> dict[str, Tensor]:
     """Initial values with LoRA's B no longer zero, so that every parameter has a gradient."""
     return {
-        name: value if "lora_B" not in name else 0.1 * _draw(0)(0, f"value of {name}", value.shape)
+        name: value if "lora_B" not in name else 0.1 * _draw(0).numbers(0, f"value of {name}", value.shape)
         for name, value in bench.initial_state().values.items()
     }
 
 
-def _draw(step: int) -> Any:
+def _draw(step: int) -> Draw:
     return DirectionStream(seed=0, round=1, client=0).at_step(step)
 
 
