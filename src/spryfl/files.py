@@ -13,14 +13,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        force_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force the rename itself to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def force_to_disk(path: Path) -> None:
+    """What a file holds, or the names that a folder does."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,27 +2,12 @@
 
 import pytest
 
+from events import round_event
 from spryfl.tracking.console import ConsoleObserver
-from spryfl.tracking.events import RoundEvent
 
 
 def test_brackets_in_names_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    event = RoundEvent(
-        round=1,
-        method="spry",
-        loss=1.0,
-        accuracy=0.5,
-        test_loss=1.0,
-        bytes_up=10,
-        bytes_down=100,
-        seconds=3.0,
-        client_seconds=2.0,
-        peak_activation_bytes=5,
-        num_updates=2,
-        failures=("3: not [/x]",),
-        unheld=("unit [red]",),
-        metrics={"accuracy": 0.5},
-    )
+    event = round_event(1, accuracy=0.5, metrics={"accuracy": 0.5}, failures=("3: not [/x]",), unheld=("unit [red]",))
     with ConsoleObserver(["spry [k=8]"], [1], hidden=False) as console:
         console.started("spry [k=8]", 0, 1)
         console.round_finished(event)

@@ -5,23 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from events import round_event
 from spryfl.cli.main import main
 from spryfl.config import RunConfig
-from spryfl.tracking.events import RoundEvent
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.tracking.status import run_status
-
-
-def event(round: int, **more: object) -> RoundEvent:
-    values = {"method": "spry", "loss": 2.0, "accuracy": None, "test_loss": None, "bytes_up": 10, "bytes_down": 100}
-    values |= {
-        "seconds": 3.0,
-        "client_seconds": 2.0,
-        "peak_activation_bytes": 5,
-        "num_updates": 2,
-        "clients": (round, 7),
-    }
-    return RoundEvent(round=round, **values | more)  # type: ignore[arg-type]
 
 
 def test_a_run_that_is_neither_done_nor_of_classes(
@@ -35,9 +23,9 @@ def test_a_run_that_is_neither_done_nor_of_classes(
     directory.path.mkdir()
     directory.write_config(tiny_config(server__num_rounds=9))
     for own in (
-        event(0, metrics={"perplexity": 90.0}),
-        event(1, metrics={"perplexity": 40.0}, failure_kinds={"lost": 1}),
-        event(2, late=("3: too late",), failure_kinds={"lost": 2, "refused": 1}),
+        round_event(0, clients=(0, 7), metrics={"perplexity": 90.0}),
+        round_event(1, clients=(1, 7), metrics={"perplexity": 40.0}, failure_kinds={"lost": 1}),
+        round_event(2, clients=(2, 7), late=("3: too late",), failure_kinds={"lost": 2, "refused": 1}),
     ):
         directory.append_event(own)
     found = run_status(directory)

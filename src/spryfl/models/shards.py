@@ -1,7 +1,6 @@
 """Writing a model folder: shard by shard into a temporary sibling, under its own name only when complete."""
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spryfl.errors import FULL_DISK, ModelError, is_full_disk
+from spryfl.files import force_to_disk
 from spryfl.models.checkpoint import INDEX, SINGLE
 
 SHARD_BYTES = 256 * 2**20
@@ -84,7 +84,7 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         draft.chmod(0o755)
         yield draft
         for file in draft.iterdir():
-            _force_to_disk(file)
+            force_to_disk(file)
         draft.replace(target)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -105,11 +105,3 @@ def _is_full(error: BaseException) -> bool:
     # safetensors reports what the system said in its own error.
     number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
     return is_full_disk(error) or (number is not None and int(number[1]) in FULL_DISK)
-
-
-def _force_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

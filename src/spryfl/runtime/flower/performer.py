@@ -109,7 +109,10 @@ def _written(data: str | None) -> tuple[tuple[str, int, int], ...]:
     if data is None:
         return ()
     given = Path(data).expanduser()
-    found = [(file, file.stat()) for file in sorted(given.rglob("*") if given.is_dir() else [given]) if file.exists()]
+    try:
+        found = [(file, file.stat()) for file in (sorted(given.rglob("*")) if given.is_dir() else [given])]
+    except OSError:  # reading it says what is wrong
+        return ()
     return tuple((str(file), status.st_mtime_ns, status.st_size) for file, status in found)
 
 
