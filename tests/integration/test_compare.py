@@ -102,9 +102,10 @@ def test_a_killed_suite_repeats_nothing(table: dict[str, Any], tmp_path: Path) -
     assert found[0]["central_test"] == RunFiles(whole, 0).summary["score"]
     page = (whole.out / "report.html").read_text()
     assert "Tiny &lt;suite&gt;" in page
-    assert page.count('src="data:image/png;base64,') == 1
+    assert page.count('src="data:image/png;base64,') == 2
     assert "http" not in page
     text = (whole.out / "report.md").read_text()
+    assert "![overview](overview.png)" in text
     assert "![curves-reviews](curves-reviews.png)" in text
     assert "x fedyogi's CPU" in text
 

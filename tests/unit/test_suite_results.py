@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from spryfl.compare.equal_score import equal_score_table
-from spryfl.compare.plots import dataset_figure, plot_dataset, scores_seen
+from spryfl.compare.plots import dataset_figure, overview_figure, plot_dataset, scores_seen
 from spryfl.compare.results import Reached, Result, ResultRow, reached, write_parquet
 from spryfl.compare.summary import summary_table
 from spryfl.compare.tables import Table, metrics_table, overview_tables, results_table, search_table, target_table
@@ -281,6 +281,27 @@ def test_curves_are_drawn_over_rounds_time_and_bytes(tmp_path: Path) -> None:
     assert by_label["FedYogi"].get_linewidth() > by_label["Spry"].get_linewidth()
     assert len(over_rounds.collections) == 1  # the one interval
     assert over_bytes.lines[0].get_xdata()[1:] == pytest.approx([110e-6, 220e-6, 330e-6, 440e-6])
+
+
+def test_the_overview_has_a_panel_a_dataset_and_a_line_a_method() -> None:
+    rows = [
+        *(row(dataset="a", label="Spry", seed=seed, central_test=0.5 + 0.1 * seed, target=0.9) for seed in (0, 1, 2)),
+        row(dataset="a", label="FedYogi", central_test=0.8),
+        row(dataset="b", label="FedYogi", central_test=math.inf),
+        row(dataset="b", label="FedMeZO", central_test=None),
+    ]
+    methods = ["FedYogi", "Spry", "FedMeZO", "not run yet"]
+    a, b = overview_figure(rows, methods, contenders=["Spry"]).axes
+    assert (a.get_title(), b.get_title()) == ("a", "b")
+    assert [text.get_text() for text in a.get_yticklabels()] == ["FedYogi", "Spry"]
+    means = {float(line.get_ydata()[0]): line for line in a.lines if line.get_marker() == "o"}
+    assert [means[place].get_xdata() for place in (0, 1)] == [pytest.approx([0.8]), pytest.approx([0.6])]
+    assert [means[place].get_color() for place in (0, 1)] == ["0.45", "C0"]
+    (seeds,) = (line for line in a.lines if line.get_marker() == "|")
+    assert seeds.get_xdata() == pytest.approx([0.5, 0.6, 0.7])
+    assert len(a.collections) == 1  # the one interval
+    assert a.get_xlim() == pytest.approx((0.46, 0.94))  # every seed and the target
+    assert not b.lines
 
 
 def test_the_axis_of_scores_shows_every_seed_and_the_target() -> None:

@@ -52,7 +52,7 @@ def compare(
         print(json.dumps([asdict(row) for row in rows], indent=2))
     elif not quiet:
         print((work.out / "report.md").read_text(encoding="utf-8"))
-        print(f"{work.out}: report.html, report.md, results.parquet, curves, runs/")
+        print(f"{work.out}: report.html, report.md, results.parquet, plots, runs/")
 
 
 def _command(suite: Path, data: Path | None, overrides: list[str], out: Path | None) -> str:

@@ -1,7 +1,7 @@
-"""Curves of a dataset's methods: score over rounds, over clients' processor time, over bytes."""
+"""Plots of a suite: where each method ended on each dataset; a dataset's scores over rounds, processor time, bytes."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from spryfl.compare.results import Result
+from spryfl.compare.results import Result, ResultRow
 from spryfl.report.intervals import interval
 from spryfl.report.plots import save_figure
 from spryfl.tracking.events import RoundEvent
@@ -26,6 +26,59 @@ AXES: tuple[tuple[str, Quantity], ...] = (
 LINES = ("-", "--", "-.", (0, (1, 1)))
 """Of each ten methods, which colours tell apart."""
 MARKERS = "osD^v<>pPX*hd"
+MOST_PANELS = 7
+"""Side by side, of the overview."""
+
+
+def plot_overview(
+    rows: Sequence[ResultRow], methods: Sequence[str], path: Path, contenders: Sequence[str] = ()
+) -> None:
+    """A panel for each dataset, a line for each method: every seed's central test, their mean and its interval.
+
+    Args:
+        methods: labels in the suite's order, from the top.
+        contenders: those that stand out; none: all alike.
+    """
+    save_figure(overview_figure(rows, methods, contenders), path)
+
+
+def overview_figure(rows: Sequence[ResultRow], methods: Sequence[str], contenders: Sequence[str]) -> Figure:
+    """See `plot_overview`; methods that no dataset has a score of are left out."""
+    of_dataset: dict[str, list[ResultRow]] = defaultdict(list)
+    for row in rows:
+        of_dataset[row.dataset].append(row)
+    scored = {row.label for row in rows if row.central_test is not None}
+    labels = [method for method in methods if method in scored]
+    across = min(len(of_dataset), MOST_PANELS)
+    down = -(-len(of_dataset) // across)
+    figure = Figure(figsize=(2.4 + 1.9 * across, down * (1 + 0.2 * len(labels))), layout="constrained")
+    panels = list(figure.subplots(down, across, sharey=True, squeeze=False).flat)
+    for axes in panels[len(of_dataset) :]:
+        axes.set_visible(False)
+    for axes, (dataset, own) in zip(panels, of_dataset.items(), strict=False):
+        for place, label in enumerate(labels):
+            scores = [row.central_test for row in own if row.label == label and row.central_test is not None]
+            stands_out = not contenders or label in contenders
+            _draw_scores(axes, [score for score in scores if np.isfinite(score)], place, stands_out)
+        target = own[0].target
+        if target is not None:
+            axes.axvline(target, color="grey", linestyle=":", linewidth=1)
+        axes.set(title=dataset, xlabel=f"test {own[0].metric}")
+        axes.set(xlim=_span([target, *(row.central_test for row in own)]), ylim=(len(labels) - 0.5, -0.5))
+        axes.set_yticks(range(len(labels)), labels)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _draw_scores(axes: Axes, scores: Sequence[float], place: int, stands_out: bool) -> None:
+    """One method on one dataset."""
+    if not scores:
+        return
+    known = interval(scores)
+    colour = "C0" if stands_out else "0.45"
+    if len(scores) > 1:
+        axes.plot(scores, [place] * len(scores), "|", color=colour, markersize=7, alpha=0.6)
+    axes.errorbar(known.mean, place, xerr=known.half_width, fmt="o", color=colour, markersize=4.5, linewidth=1.2)
 
 
 def plot_dataset(results: Sequence[Result], methods: Sequence[str], path: Path, contenders: Sequence[str] = ()) -> None:
@@ -70,7 +123,12 @@ def dataset_figure(results: Sequence[Result], methods: Sequence[str], contenders
 def scores_seen(results: Sequence[Result]) -> tuple[float, float]:
     """From the least to the largest score of any seed, and the target: intervals of few seeds reach far beyond."""
     scores = [event.score for result in results for event in result.events if event.score is not None]
-    known = [score for score in (*scores, results[0].row.target) if score is not None and np.isfinite(score)]
+    return _span([*scores, results[0].row.target])
+
+
+def _span(scores: Iterable[float | None]) -> tuple[float, float]:
+    """From the least to the largest known score, and a margin."""
+    known = [score for score in scores if score is not None and np.isfinite(score)]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     margin = 0.1 * (high - low) or 0.05
     return low - margin, high + margin

@@ -3,6 +3,7 @@
 results.parquet   one row a finished run
 report.md         tables and plots
 report.html       the same, in one file that needs no other
+overview.png      where each method ended on each dataset
 curves-NAME.png   of each dataset
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from spryfl.compare.cells import Suite
 from spryfl.compare.equal_score import equal_score_table
-from spryfl.compare.plots import plot_dataset
+from spryfl.compare.plots import plot_dataset, plot_overview
 from spryfl.compare.results import Result, ResultRow, read_results, write_parquet
 from spryfl.compare.summary import summary_table
 from spryfl.compare.tables import Table, metrics_table, note, overview_tables, results_table, search_table, target_table
@@ -56,6 +57,8 @@ def write_report(suite: Suite) -> list[ResultRow]:
     contenders = [method.shown for method in suite.config.method if method.name in suite.config.contenders]
     for dataset, own in _by_dataset(results).items():
         plot_dataset(own, labels, _curves(suite, dataset), contenders)
+    if results:
+        plot_overview([result.row for result in results], labels, _overview(suite), contenders)
     rows, sections = _write_results(suite, results)
     write_atomically(suite.out / "report.html", _html(_title(suite), sections).encode())
     return rows
@@ -76,13 +79,14 @@ def report_sections(suite: Suite, results: Sequence[Result]) -> list[Section]:
     reference = None if suite.config.reference is None else shown[suite.config.reference]
     contenders = [shown[name] for name in suite.config.contenders]
     sections = [Section("", [_told_of_runs(suite, rows), *_told_of_failures(suite), f"Made by: {suite.command}"])]
+    glance: list[Block] = [_overview(suite)] if _overview(suite).exists() else []
     if len({row.dataset for row in rows}) > 1:
-        glance: list[Block] = []
         for heading, table in overview_tables(rows):
             glance += [f"{heading.capitalize()}, in each dataset's own metric:", table]
         summary = summary_table(results, contenders)
         if summary is not None:
             glance += [SUMMARY, summary]
+    if glance:
         sections.append(Section("At a glance", glance))
     for dataset, ran in _by_dataset(results).items():
         own = [result.row for result in ran]
@@ -129,6 +133,10 @@ def _told_of_search(config: SuiteConfig, search: SearchConfig) -> str:
 
 def _curves(suite: Suite, dataset: str) -> Path:
     return suite.out / f"curves-{dataset}.png"
+
+
+def _overview(suite: Suite) -> Path:
+    return suite.out / "overview.png"
 
 
 def _title(suite: Suite) -> str:
