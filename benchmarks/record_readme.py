@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from spryfl.bench import frontier_report, frontier_targets, memory_report, memory_targets
 from spryfl.compare.results import ResultRow
-from spryfl.compare.tables import Table, number, overview_tables
+from spryfl.compare.tables import Table, overview_tables, results_table, target_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = {
@@ -41,8 +41,6 @@ HEADLINE = (
     "fedyogi_adjusted",
     "head_alone",
 )
-TAUGHT_NOBODY = "multirc"
-"""In too few steps to tell methods apart: docs/results has it, the README's table does not."""
 POINTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Spry above the best of finite differences", "spry", ZEROTH_ORDER),
     ("Spry, guided, above it", "spry_guided", ZEROTH_ORDER),
@@ -58,27 +56,19 @@ POINTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def matrix_table(rows: Sequence[ResultRow]) -> str:
-    """Some methods on the datasets that any of them learns."""
-    shown = [row for row in rows if row.variant in HEADLINE and not row.dataset.startswith(TAUGHT_NOBODY)]
+    """Some methods on the datasets that ran from several seeds."""
+    several = {row.dataset for row in rows if row.seed != rows[0].seed}
+    shown = [row for row in rows if row.variant in HEADLINE and row.dataset in several]
     return overview_tables(shown)[0][1].as_markdown()
 
 
-def costs_table(rows: Sequence[ResultRow]) -> str:
-    """Some methods of a suite of one dataset and seed: where they ended, for what, and what its target took them."""
-    lines = [
-        [
-            row.label,
-            f"{row.central_test:.3f}",
-            number(row.client_cpu_seconds),
-            number(row.activation_peak_bytes / 1e6),
-            number((row.bytes_up + row.bytes_down) / 1e6),
-            "never" if row.client_cpu_seconds_to_target is None else number(row.client_cpu_seconds_to_target),
-        ]
-        for row in rows
-        if row.variant in HEADLINE
-    ]
-    costs = ["client CPU (s)", "activation peak (MB)", "up and down (MB)", f"client CPU (s) to {rows[0].target:g}"]
-    return Table([f"{rows[0].dataset}, {rows[0].rounds} rounds", rows[0].metric, *costs], lines).as_markdown()
+def costs_tables(rows: Sequence[ResultRow]) -> str:
+    """Some methods of a suite of one dataset: where they ended, for what, and what its target took them."""
+    shown = [row for row in rows if row.variant in HEADLINE]
+    to_target = target_table(shown, "FedYogi")
+    assert to_target is not None
+    told = f"{shown[0].dataset}, to reach {shown[0].metric} {shown[0].target:g}:"
+    return f"{results_table(shown).as_markdown()}\n{told}\n\n{to_target.as_markdown()}"
 
 
 def points_table(rows: Sequence[ResultRow]) -> str:
@@ -115,8 +105,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("docs/results/README.md", "frontier", frontier_table),
     ("README.md", "matrix", matrix_table),
     ("docs/results/README.md", "matrix", points_table),
-    ("README.md", "directions", costs_table),
-    ("docs/results/README.md", "directions", points_table),
+    ("docs/results/README.md", "directions", costs_tables),
 )
 """(text, results, table of their rows)."""
 
