@@ -79,6 +79,8 @@ def _perform(
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
+        for text in bench.notes:
+            observer.noted(text)
     if config.partition.kind != "own":  # the server does not know what clients hold
         plot_partition(bench.label_counts, directory.path)
 

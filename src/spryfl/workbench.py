@@ -289,6 +289,17 @@ class Workbench:
         whole = [np.concatenate(parts) for parts in zip(self.partition, self.held_out, strict=True)]
         return label_counts(whole, labels, max(len(self.label_names), 1))
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the run before it trains."""
+        parts = (("training", self.train), ("test", self.test))
+        cut = [f"{part.num_truncated:,} of {len(part):,} {name} texts" for name, part in parts if part.num_truncated]
+        if not cut:
+            return []
+        most, limit = self.config.data.max_tokens, self.adapted.tokenizer.model_max_length
+        remedy = "all that the model reads" if most == limit else "raise it to have them read whole"
+        return [f"{' and '.join(cut)} are longer than data.max_tokens = {most} and were truncated: {remedy}"]
+
     def initial_state(self) -> FederatedState:
         names = parameters_of(self.adapted.units)
         return FederatedState(0, read_values(self.adapted.model, names))

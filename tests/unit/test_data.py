@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationCastError
+from transformers import AutoTokenizer
 
 from spryfl.config import DataConfig
 from spryfl.data.builtin import FOLDER
+from spryfl.data.classification import tokenize
 from spryfl.data.loading import load_own_rows, load_rows
 from spryfl.errors import DataError
 
@@ -119,6 +121,26 @@ def test_parts_cut_off_train_hold_whole_questions(tmp_path: Path) -> None:
         assert len(found.test) > 0
         assert len(found.test) % 4 == 0
         assert not set(found.train["question"][:]) & set(found.test["question"][:])
+
+
+@pytest.mark.parametrize("texts", [1, 2, 3])
+def test_truncated_rows_are_counted(tiny_model: Path, texts: int) -> None:
+    """Not those that fit exactly, of one text, a pair, or a paragraph with a question and an answer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    columns = ("paragraph", "question", "answer")[:texts]
+    rows = Dataset.from_dict(
+        {"paragraph": ["good", "good film good film", "good film"]}
+        | dict.fromkeys(columns[1:], ["film"] * 3)
+        | {"label": [0] * 3}
+    )
+    whole = tokenize(rows, DataConfig(text_columns=columns, max_tokens=32), tokenizer)
+    fits = [len(ids["input_ids"]) for ids in whole.encodings]
+    assert fits[0] < fits[2] < fits[1]
+    counts = [
+        tokenize(rows, DataConfig(text_columns=columns, max_tokens=most), tokenizer).num_truncated
+        for most in (fits[1], fits[1] - 1, fits[2], fits[2] - 1)
+    ]
+    assert counts == [0, 1, 1, 2]
 
 
 def test_what_is_not_chosen_in_silence(tmp_path: Path) -> None:

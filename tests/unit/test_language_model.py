@@ -56,6 +56,7 @@ def test_a_cut_row_keeps_its_template_and_does_not_end() -> None:
     cut = tokenize_texts(ROWS, data, TASK, ENDED)
     ids = cut.encodings[0]["input_ids"]
     assert len(ids) <= length - 2
+    assert (cut.num_truncated, tokenize_texts(ROWS, DATA, TASK, ENDED).num_truncated) == (2, 0)
     assert ids[-1] != ENDED.eos_token_id
     assert TOKENIZER.decode(ids).startswith("Review: the")
     assert "\nSentiment:" in TOKENIZER.decode(ids)

@@ -115,6 +115,11 @@ def test_only_texts_are_cut(tokenizer) -> None:
         prompts_of(tokenizer, TEMPLATE, [(short,)], 65)
 
 
+def test_cut_prompts_are_counted(tokenizer) -> None:
+    rows = Dataset.from_dict({"text": ["a plot", "the film is good " * 20], "label": [0, 0]})
+    assert tokenize_prompts(rows, DataConfig(max_tokens=24), task_of(), tokenizer).num_truncated == 1
+
+
 def test_longest_first() -> None:
     assert longest_first([3, 9], 4) == [3, 5]
     assert longest_first([3, 9], 8) == [2, 2]

@@ -9,7 +9,9 @@ from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
 from spryfl.federated.schedule import Schedule
 from spryfl.federated.server_optimizer import ServerUpdate
+from spryfl.run import run_in
 from spryfl.suite import run_suite
+from spryfl.tracking.events import Observer
 from spryfl.workbench import Workbench
 
 
@@ -26,6 +28,26 @@ def test_what_is_configured_is_what_rounds_use(tiny_config: Callable[..., RunCon
     assert (training.learning_rate, training.weight_decay) == (0.2, 0.1)
     assert sum(own.sizes) == len(bench.train)
     assert own.sampling.sizes == own.sizes
+
+
+def test_a_run_tells_of_texts_it_does_not_read_whole(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    class Notes(Observer):
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def noted(self, text: str) -> None:
+            self.texts.append(text)
+
+    whole = Workbench.from_config(tiny_config())
+    assert whole.notes == []
+    limit = max(len(encoding["input_ids"]) for encoding in whole.train.encodings) - 1
+    cut = [sum(len(e["input_ids"]) > limit for e in part.encodings) for part in (whole.train, whole.test)]
+    notes = Notes()
+    run_in(tiny_config(data__max_tokens=limit, server__num_rounds=1), tmp_path / "run", [notes])
+    (note,) = notes.texts
+    assert note.startswith(f"{cut[0]} of {len(whole.train)} training texts")
+    assert ("test texts" in note) == (cut[1] > 0)
+    assert note.endswith(f"longer than data.max_tokens = {limit} and were truncated: raise it to have them read whole")
 
 
 def test_own_data_needs_flower(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding
+from transformers import BatchEncoding, DataCollatorWithPadding
 
 from spryfl.config import DataConfig
 from spryfl.data.examples import Batch, Examples, inputs_of, numbered
@@ -70,17 +70,19 @@ def tokenize(rows: Dataset, config: DataConfig, tokenizer: Any) -> Examples:
     groups = numbered(zip(texts[0], texts[1], strict=True)) if len(texts) == 3 else None
     if len(texts) == 3:
         encoded = _cut_first(texts[0], _joined(texts[1], texts[2], tokenizer), limit, tokenizer)
+        encodings = [dict(row) for row in encoded]
     else:
-        encoded = tokenizer(*texts, truncation=True, max_length=limit)
-    names = list(encoded)
-    encodings = [dict(zip(names, values, strict=True)) for values in zip(*(encoded[n] for n in names), strict=True)]
+        encoded = [tokenizer(*texts, truncation=True, max_length=limit)]
+        names, columns = encoded[0].keys(), encoded[0].values()
+        encodings = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
     empty = sum(not encoding["input_ids"] for encoding in encodings)
     if empty:  # by a decoder's tokenizer, which puts nothing around a text
         raise DataError(
             f"data.text_columns: {empty} of {len(rows)} rows are empty, and this model's tokenizer makes no token of "
             "them: drop them"
         )
-    return Examples(encodings, np.asarray(rows[config.label_column][:], dtype=np.int64), groups=groups)
+    labels = np.asarray(rows[config.label_column][:], dtype=np.int64)
+    return Examples(encodings, labels, groups=groups, num_truncated=sum(map(_num_truncated, encoded)))
 
 
 def _joined(seconds: Sequence[str], thirds: Sequence[str], tokenizer: Any) -> list[str]:
@@ -88,15 +90,19 @@ def _joined(seconds: Sequence[str], thirds: Sequence[str], tokenizer: Any) -> li
     return [f"{second}{separator}{third}" for second, third in zip(seconds, thirds, strict=True)]
 
 
-def _cut_first(firsts: list[str], seconds: list[str], limit: int, tokenizer: Any) -> dict[str, list[list[int]]]:
+def _cut_first(firsts: list[str], seconds: list[str], limit: int, tokenizer: Any) -> list[BatchEncoding]:
     """Encoded pairs of at most `limit` tokens, the first text cut where the second leaves it any room."""
     taken = tokenizer.num_special_tokens_to_add(pair=True)
     lengths = [len(ids) + taken for ids in tokenizer(seconds, add_special_tokens=False)["input_ids"]]
-    encoded = [
+    return [
         tokenizer(first, second, truncation="only_first" if length < limit else "longest_first", max_length=limit)
         for first, second, length in zip(firsts, seconds, lengths, strict=True)
     ]
-    return {name: [row[name] for row in encoded] for name in encoded[0]}
+
+
+def _num_truncated(encoded: BatchEncoding) -> int:
+    """Of how many rows some was left out; slow tokenizers, which transformers has hardly any of left, tell none."""
+    return sum(bool(row.overflowing) for row in encoded.encodings or ())
 
 
 def token_limit(config: DataConfig, tokenizer: Any) -> int:

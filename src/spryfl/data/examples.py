@@ -20,12 +20,14 @@ class Examples:
         sources: (rows,) the number of the dataset's row that each was made from, in order: long ones make several.
             None where each made one.
         groups: (rows,) the number of what each row belongs to, of which metrics count wholes; None where to nothing.
+        num_truncated: how many rows were longer than `data.max_tokens`, so that not all of them is read.
     """
 
     encodings: list[dict[str, list[int]]]
     labels: np.ndarray
     sources: np.ndarray | None = None
     groups: np.ndarray | None = None
+    num_truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.encodings)

@@ -127,7 +127,8 @@ def tokenize_texts(rows: Dataset, config: DataConfig, task: TaskConfig, tokenize
             )
         encodings.append({"input_ids": kept})
         begins.append(begin)
-    return Examples(encodings, np.asarray(begins, dtype=np.int64))
+    num_truncated = sum(len(ids) > limit for ids in whole)
+    return Examples(encodings, np.asarray(begins, dtype=np.int64), num_truncated=num_truncated)
 
 
 def _begin(prompts: Prompts, texts: Sequence[str], written: int) -> int:

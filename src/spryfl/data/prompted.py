@@ -200,4 +200,5 @@ def tokenize_prompts(rows: Dataset, config: DataConfig, task: TaskConfig, tokeni
     encoded = prompts.encode([prompts.render(row) for row in texts])
     fitted = [prompts.within(row, ids, limit)[1] for row, ids in zip(texts, encoded, strict=True)]
     labels = np.asarray(rows[config.label_column][:], dtype=np.int64)
-    return Examples([{"input_ids": ids} for ids in fitted], labels)
+    num_truncated = sum(len(ids) > limit for ids in encoded)
+    return Examples([{"input_ids": ids} for ids in fitted], labels, num_truncated=num_truncated)

@@ -57,6 +57,7 @@ class ConsoleObserver(Observer):
         self._up = self._down = 0
         self._unheld: tuple[str, ...] = ()
         self._chosen: set[tuple[str, ...]] = set()
+        self._noted: set[str] = set()
 
     def __enter__(self) -> "ConsoleObserver":
         self._progress.start()
@@ -72,6 +73,12 @@ class ConsoleObserver(Observer):
         self._label, self._current, self._up, self._down = label, self._tasks[label], 0, 0
         self._progress.start_task(self._current)
         self._progress.update(self._current, completed=first_round)
+
+    def noted(self, text: str) -> None:
+        """See `Observer.noted`; what is true of several runs is told once."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self._say(text)
 
     def round_finished(self, event: RoundEvent) -> None:
         """See `Observer.round_finished`."""

@@ -155,6 +155,10 @@ class Observer(Protocol):
         """A run begins, or goes on after `first_round` rounds."""
         return
 
+    def noted(self, text: str) -> None:
+        """Something the run's user should know of it before it trains."""
+        return
+
     def before_client(self) -> None:
         """A client is about to train; raising KeyboardInterrupt here stops the run cleanly."""
         return

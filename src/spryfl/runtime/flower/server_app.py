@@ -66,6 +66,9 @@ class _Log(Observer):
         self._num_rounds = num_rounds
         print(f"{label}: {f'going on after round {first_round}' if first_round else 'a new run'}", flush=True)
 
+    def noted(self, text: str) -> None:
+        print(text, flush=True)
+
     def round_finished(self, event: RoundEvent) -> None:
         parts = [f"round {event.round} of {self._num_rounds}", f"{event.num_updates} updates"]
         parts += [f"loss {event.loss:.3f}"] if event.loss is not None else []
