@@ -1,6 +1,7 @@
 """The exception tree. A message says what is wrong, which value, why, and the remedy."""
 
 import errno
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -42,8 +43,10 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether the system says that nothing more can be written."""
-    return isinstance(error, OSError) and error.errno in FULL_DISK
+    """Whether the system says that nothing more can be written, itself or as safetensors and tokenizers quote it."""
+    quoted = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(quoted[1]) if quoted else None
+    return number in FULL_DISK
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -30,11 +30,13 @@ def evaluate_clients(
     last = state.round == bench.config.server.num_rounds
     holders = [client for client, rows in enumerate(bench.held_out) if len(rows)]
     clients = sample_evaluated(holders, config.max_clients, bench.config.seed)
+    known = {} if bench.config.partition.kind == "own" else {client: len(bench.held_out[client]) for client in clients}
     found = {}
     if _is_due(config, "generalized", last):
-        found["generalized"] = evaluate_generalized(state, clients, runtime, metric, federation.deadline_seconds)
+        limit = federation.deadline_seconds
+        found["generalized"] = evaluate_generalized(state, clients, runtime, metric, limit, known)
     if _is_due(config, "personalized", last):
-        found["personalized"] = evaluate_personalized(state, federation, clients, runtime, metric)
+        found["personalized"] = evaluate_personalized(state, federation, clients, runtime, metric, known)
     return {name: _averaged(own, metric) for name, own in found.items()}
 
 

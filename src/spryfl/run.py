@@ -77,10 +77,12 @@ def _perform(
     fitting = time.perf_counter() - begun
     federation = _federation(bench, keeper, state, directory)
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
+    # Of clients' own data they are told themselves.
+    cut = bench.truncated("test") if config.partition.kind == "own" else bench.truncated("train", "test")
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
-        for text in bench.notes:
-            observer.noted(text)
+        if cut is not None:
+            observer.noted(config.data.name, cut)
     if config.partition.kind != "own":  # the server does not know what clients hold
         plot_partition(bench.label_counts, directory.path)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -289,16 +289,15 @@ class Workbench:
         whole = [np.concatenate(parts) for parts in zip(self.partition, self.held_out, strict=True)]
         return label_counts(whole, labels, max(len(self.label_names), 1))
 
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know of the run before it trains."""
-        parts = (("training", self.train), ("test", self.test))
-        cut = [f"{part.num_truncated:,} of {len(part):,} {name} texts" for name, part in parts if part.num_truncated]
+    def truncated(self, *splits: Literal["train", "test"]) -> str | None:
+        """How many texts of some splits are not read whole, and the remedy; None where all are."""
+        parts = ((split, self.train if split == "train" else self.test) for split in splits)
+        cut = [f"{own.num_truncated:,} of {len(own):,} {split} texts" for split, own in parts if own.num_truncated]
         if not cut:
-            return []
+            return None
         most, limit = self.config.data.max_tokens, self.adapted.tokenizer.model_max_length
         remedy = "all that the model reads" if most == limit else "raise it to have them read whole"
-        return [f"{' and '.join(cut)} are longer than data.max_tokens = {most} and were truncated: {remedy}"]
+        return f"{' and '.join(cut)} are longer than data.max_tokens = {most} and were truncated: {remedy}"
 
     def initial_state(self) -> FederatedState:
         names = parameters_of(self.adapted.units)

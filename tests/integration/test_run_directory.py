@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spryfl.config import RunConfig
-from spryfl.errors import DataError, RunDirectoryError
+from spryfl.errors import DataError, RunDirectoryError, is_full_disk
 from spryfl.files import write_atomically
 from spryfl.suite import resume_suite, run_suite
 from spryfl.tracking.run_directory import RunDirectory
@@ -57,8 +57,10 @@ def test_an_adapter_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) ->
         raise Exception("File too large (os error 27)")
 
     directory.write_adapter(save)
-    with pytest.raises(RunDirectoryError, match=r"adapter cannot be written: File too large"):
+    with pytest.raises(RunDirectoryError, match=r"adapter cannot be written: File too large") as told:
         directory.write_adapter(fail)
+    assert is_full_disk(told.value)  # a suite ends with it
+    assert not is_full_disk(RunDirectoryError("it cannot be written: Permission denied (os error 13)"))
     assert (directory.adapter / "adapter.safetensors").read_bytes() == b"old"
     assert not list(tmp_path.glob("*.tmp"))
 

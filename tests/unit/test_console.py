@@ -6,12 +6,12 @@ from events import round_event
 from spryfl.tracking.console import ConsoleObserver
 
 
-def test_a_note_of_several_runs_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_of_several_runs_data_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     with ConsoleObserver(["a", "b"], [1, 1], hidden=False) as console:
         for label in ("a", "b"):
             console.started(label, 0, 1)
-            console.noted("3 of 9 training texts are longer [than that]")
-    assert capsys.readouterr().err.count("3 of 9 training texts are longer [than that]") == 1
+            console.noted("reviews", "3 of 9 train texts are longer [than that]")
+    assert capsys.readouterr().err.count("reviews: 3 of 9 train texts are longer [than that]") == 1
 
 
 def test_brackets_in_names_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,6 +258,15 @@ def test_data_that_is_not_there(name: str, message: str, monkeypatch: pytest.Mon
         load_rows(DataConfig(name=name), 0)
 
 
+def test_data_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(DataError, match=r"data\.name = '.*': it cannot be looked at: Permission denied"):
+        load_rows(DataConfig(name=str(tmp_path)), 0)
+
+
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="cannot be read as parquet"):

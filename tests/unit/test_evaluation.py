@@ -156,6 +156,7 @@ class Hostile:
         ({"client": 9}, "it was not asked for an evaluation"),
         ({"round": 4}, "its evaluation is for round 4, not 5"),
         ({"num_examples": 0}, "num_examples is 0"),
+        ({"num_examples": 1001}, "num_examples is above 1,000"),
         ({"loss": float("nan")}, "its loss is nan"),
         ({"metrics": {"accuracy": float("inf")}}, "its accuracy is inf"),
         ({"metrics": {"accuracy": 1.0, "perplexity": math.nan}}, "its perplexity is nan"),
@@ -167,7 +168,8 @@ def test_malformed_evaluations_are_named(changes: dict[str, object], reason: str
     good = ClientEvaluation(5, 0, 2, 1.0, {"f1": 0.1, "accuracy": 0.5})
     bad = replace(ClientEvaluation(5, 1, 1000, 1.0, {"accuracy": 1.0}), **changes)
     state = FederatedState(5, {})
-    found = evaluate_generalized(state, [0, 1], Hostile(good, bad, good), "accuracy")
+    held_out = {0: 2, 1: 1000}
+    found = evaluate_generalized(state, [0, 1], Hostile(good, bad, good), "accuracy", most_examples=held_out)
     assert found.metrics == {"accuracy": 0.5, "f1": 0.1}
     assert list(found.metrics) == ["accuracy", "f1"]  # the main metric first, wherever a client puts it
     assert found.num_clients == 1

@@ -71,6 +71,29 @@ def test_a_clients_own_data_stays_with_it(
     assert "'secret', which is none of the server's: 0, 1" in capfd.readouterr().err
 
 
+def test_own_data_are_loaded_anew_only_when_they_change(
+    tiny_file: Path, tiny_table: dict[str, dict[str, object]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    rows = [json.dumps({"text": "the film is bad " * 9, "label": 0})] * 3
+    (own / "train.jsonl").write_text("\n".join(rows))
+    task = task_of(parse_config(tiny_table))
+
+    def num_examples() -> int:
+        return decode_update(performer.answer(order(tiny_file, task, data=str(own))), 1).num_examples
+
+    assert num_examples() == 3
+    assert "client 1: 3 of 3 train texts are longer than data.max_tokens = 16" in capfd.readouterr().err
+    (first,) = performer._kept.values()
+    (own / "notes.log").write_text("not read")
+    (own / ".#train.jsonl").symlink_to("nowhere")  # an editor's
+    assert num_examples() == 3
+    assert list(performer._kept.values()) == [first]
+    (own / "train.jsonl").write_text("\n".join(rows * 2))
+    assert num_examples() == 6
+
+
 def test_a_client_evaluates_what_it_would_in_process(
     tiny_file: Path, tiny_table: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
@@ -140,24 +163,25 @@ def test_the_worker_outlives_messages_and_dies_with_its_parent(
 
 SLOW_TO_LOAD = """
 import socket, sys, time
-from spryfl.runtime.flower.warm import LOADED
+from spryfl.runtime.flower.warm import LOADED, TAKEN
 from spryfl.runtime.parcels import Parcel, receive_parcel, send_parcel
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[1])
 listener.listen()
-connection, _ = listener.accept()
-receive_parcel(connection)
-time.sleep(2)
-send_parcel(connection, LOADED)
-send_parcel(connection, Parcel("{}"))
-time.sleep(60)
+while True:
+    connection, _ = listener.accept()
+    receive_parcel(connection)
+    send_parcel(connection, TAKEN)
+    time.sleep(2)
+    send_parcel(connection, LOADED)
+    send_parcel(connection, Parcel("{}"))
 """
 
 
 def test_loading_does_not_count_to_a_deadline(
     tmp_path: Path, parent: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a client whose model takes longer to load than its deadline is would never take part."""
+    """Or a client whose model takes longer to load than its deadline is would never take part, nor one of new data."""
     workers = []
 
     def start(address: str, _: int) -> None:
@@ -166,8 +190,11 @@ def test_loading_does_not_count_to_a_deadline(
     monkeypatch.setattr(warm, "_start", start)
     try:
         assert warm.ask(Parcel("{}"), 0.5, parent.pid) == Parcel("{}")
+        folder = tmp_path / f"spry-{os.getuid()}" / str(parent.pid)
+        (folder / "loaded").touch()
+        assert warm.ask(Parcel("{}"), 0.5, parent.pid) == Parcel("{}")  # it loads anew
         monkeypatch.setattr(warm, "LOADING_SECONDS", 0.5)
-        (tmp_path / f"spry-{os.getuid()}" / str(parent.pid) / "socket").unlink()
+        (folder / "socket").unlink()
         assert json.loads(warm.ask(Parcel("{}"), 60, parent.pid).header)["failure"] == "deadline"
     finally:
         for worker in workers:
@@ -206,8 +233,9 @@ def test_own_data_go_with_a_partition_of_their_own() -> None:
     assert own_data_of({}, "iid") is None
     with pytest.raises(ConfigError, match=r"names no data, but partition\.kind = 'own'"):
         own_data_of({}, "own")
-    with pytest.raises(ConfigError, match=r"names data = 'rows\.jsonl', but partition\.kind = 'iid'"):
+    with pytest.raises(ConfigError, match=r"it names data of its own, but partition\.kind = 'iid'") as told:
         own_data_of({"data": "rows.jsonl"}, "iid")
+    assert "rows" not in str(told.value)  # it travels
 
 
 def test_where_a_column_decides_the_data_tell_how_many_clients_there_are(

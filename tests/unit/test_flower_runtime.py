@@ -92,7 +92,7 @@ class Grid:
 
 
 def connected(grid: Grid, **options: Any) -> FlowerRuntime:
-    runtime = FlowerRuntime(grid, Presence(grid, "base", lambda line: None), {"labels": ["0", "1"]}, **options)
+    runtime = FlowerRuntime(grid, Presence(grid, "base", 100, lambda line: None), {"labels": ["0", "1"]}, **options)
     runtime.gather(len(grid.nodes), 5)
     return runtime
 
@@ -243,7 +243,7 @@ def test_late_updates_outlast_an_evaluation_and_late_evaluations_do_not() -> Non
 def test_a_node_of_another_base_model_does_not_put_out_the_honest_one() -> None:
     grid = Grid({1: Node(0)})
     lines: list[str] = []
-    presence = Presence(grid, "base", lines.append)
+    presence = Presence(grid, "base", 1, lines.append)
     runtime = FlowerRuntime(grid, presence, {"labels": ["0", "1"]})
     runtime.gather(1, 5)
     grid.nodes[2] = Node(0, base="another")
@@ -253,6 +253,19 @@ def test_a_node_of_another_base_model_does_not_put_out_the_honest_one() -> None:
     (answer,) = runtime.run([task(0)])
     assert isinstance(answer, ClientUpdate)
     assert grid.sent[0][0] == 1
+    del grid.nodes[1]
+    for _ in range(3):  # the honest one is seen to be gone, the other is asked again
+        presence.look()
+    assert presence.refused.keys() == {0}
+
+
+def test_nodes_that_are_no_client_of_the_run_take_no_part() -> None:
+    """Counted as present, they would start a run without those it waits for."""
+    grid = Grid({node: Node(client) for node, client in enumerate((1, 2, -7, 10**30))})
+    lines: list[str] = []
+    runtime = FlowerRuntime(grid, Presence(grid, "base", 2, lines.append), {"labels": ["0", "1"]})
+    assert runtime.gather(2, 0.2) == [1]
+    assert "node 1 takes no part: its partition-id is 2, but clients are 0 to 1" in lines
 
 
 @pytest.mark.parametrize(
@@ -270,6 +283,6 @@ def test_a_node_of_another_base_model_does_not_put_out_the_honest_one() -> None:
     ids=range(6),
 )
 def test_who_a_node_is_makes_no_sense(header: str) -> None:
-    client, _, problem = _read(Parcel(header))
+    client, _, problem = _read(Parcel(header), 1)
     assert client is None
     assert problem.startswith("its answer to who it is")

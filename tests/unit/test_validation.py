@@ -103,6 +103,10 @@ def test_an_unassigned_unit_is_refused_by_name() -> None:
     forged = replace(honest(task), tensors={**honest(task).tensors, "high.a": VALUES["high.a"]})
     with pytest.raises(UpdateRefusedError, match=r"'high\.a' was not assigned"):
         validate_update(forged, task, None)
+    endless = replace(honest(task), tensors={**honest(task).tensors, "a" * 10**6: VALUES["high.a"]})
+    with pytest.raises(UpdateRefusedError, match="was not assigned") as told:
+        validate_update(endless, task, None)
+    assert len(str(told.value)) < 200  # it goes on record
 
 
 def test_a_second_update_of_a_client_is_refused() -> None:

@@ -35,17 +35,17 @@ def test_a_run_tells_of_texts_it_does_not_read_whole(tiny_config: Callable[..., 
         def __init__(self) -> None:
             self.texts: list[str] = []
 
-        def noted(self, text: str) -> None:
+        def noted(self, about: str, text: str) -> None:
             self.texts.append(text)
 
     whole = Workbench.from_config(tiny_config())
-    assert whole.notes == []
+    assert whole.truncated("train", "test") is None
     limit = max(len(encoding["input_ids"]) for encoding in whole.train.encodings) - 1
     cut = [sum(len(e["input_ids"]) > limit for e in part.encodings) for part in (whole.train, whole.test)]
     notes = Notes()
     run_in(tiny_config(data__max_tokens=limit, server__num_rounds=1), tmp_path / "run", [notes])
     (note,) = notes.texts
-    assert note.startswith(f"{cut[0]} of {len(whole.train)} training texts")
+    assert note.startswith(f"{cut[0]} of {len(whole.train)} train texts")
     assert ("test texts" in note) == (cut[1] > 0)
     assert note.endswith(f"longer than data.max_tokens = {limit} and were truncated: raise it to have them read whole")
 

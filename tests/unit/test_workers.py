@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate
+from spryfl.errors import SpryError
+from spryfl.federated.messages import ClientFailure, ClientTask, ClientUpdate, Runtime
 from spryfl.runtime.workers import WorkerRuntime
 
 
@@ -36,6 +37,20 @@ def test_a_worker_that_died_between_rounds_is_replaced() -> None:
         assert isinstance(answers[-1], ClientUpdate)  # the first may have been sent before its end was seen
     finally:
         runtime.close()
+
+
+def test_a_worker_that_cannot_start_ends_the_run() -> None:
+    """Each of its tasks would be lost, with the processes that are started for them."""
+    runtime = WorkerRuntime(_no_memory, 2, None)
+    try:
+        with pytest.raises(SpryError, match=r"of 2 ended while it loaded .* lower runtime\.num_workers"):
+            list(runtime.run([ClientTask(1, client, 0, (), (), {}, "values") for client in range(5)]))
+    finally:
+        runtime.close()
+
+
+def _no_memory() -> Runtime:
+    os._exit(1)
 
 
 class FragileRuntime:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spryfl.compare.results import ResultRow
 from spryfl.data.task import LOWER_IS_BETTER
-from spryfl.report.intervals import CONFIDENCE, interval
+from spryfl.report.intervals import CONFIDENCE, FEWEST, interval
 
 Rows = Sequence[ResultRow]
 Value = Callable[[ResultRow], float | None]
@@ -132,7 +132,8 @@ def note(rows: Rows) -> str:
     model = Path(first.model).name if Path(first.model).is_absolute() else first.model
     return (
         f"{model}, {' or '.join(map(str, rounds))} rounds, {partition}; {first.metric}{better}, "
-        f"± {CONFIDENCE:.0%} confidence interval of the mean over seeds (Student's t)."
+        f"± {CONFIDENCE:.0%} confidence interval of the mean over seeds (Student's t), of {FEWEST} seeds or more; "
+        "of fewer their number."
     )
 
 

@@ -25,7 +25,9 @@ class RunConfig(Part):
     """A whole run."""
 
     label: str | None = Field(None, description="what displays and tables call the run; the method by default")
-    seed: int = Field(0, ge=0, lt=2**63, description="of every random draw; the same seed gives the same run")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of every random draw but privacy's; the same seed gives the same run"
+    )
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()

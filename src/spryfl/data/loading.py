@@ -118,10 +118,13 @@ def load_splits(config: DataConfig) -> Mapping[str, Dataset]:
         return {
             split: rows.filter(lambda d: d == builtin.domain, input_columns="domain") for split, rows in splits.items()
         }
+    try:
+        found = files_of(path)
+    except OSError as error:
+        raise DataError(f"data.name = '{config.name}': it cannot be looked at: {error.strerror or error}") from error
     if path.is_file():
         return _read_files({"train": path}, config)
     if path.is_dir():
-        found = [file for file in sorted(path.iterdir()) if file.suffix in READERS]
         files = {file.stem: file for file in found}
         twice = [file.name for file in found if file != files[file.stem]]
         if twice:
@@ -137,6 +140,17 @@ def load_splits(config: DataConfig) -> Mapping[str, Dataset]:
     if config.name.startswith((".", "/", "~")) or path.suffix in READERS or config.name.count("/") > 1:
         raise DataError(f"data.name = '{config.name}': no such file or folder (looked in {Path.cwd()})")
     return _from_hub(config)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that local data is read from: itself, or a folder's with an ending that we read, but for hidden ones.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    if path.is_dir():
+        return [file for file in sorted(path.iterdir()) if file.suffix in READERS and not file.name.startswith(".")]
+    return [path] if path.is_file() else []
 
 
 def _read_files(files: Mapping[str, Path], config: DataConfig) -> dict[str, Dataset]:

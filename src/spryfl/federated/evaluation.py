@@ -6,6 +6,7 @@ stands how much clients differ, each counted once.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from spryfl.federated.fitting import deal_within
 from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientTask, EvaluationTask, Runtime
 from spryfl.federated.rounds import client_task
 from spryfl.federated.state import FederatedState, Federation
-from spryfl.federated.validation import validate_evaluation
+from spryfl.federated.validation import MAX_EXAMPLES, validate_evaluation
 
 _STREAM = 3  # keeps the evaluated clients independent of the other things drawn from the run's seed
 
@@ -65,20 +66,27 @@ def evaluate_generalized(
     runtime: Runtime,
     metric: str,
     deadline_seconds: float | None = None,
+    most_examples: Mapping[int, int] = MappingProxyType({}),
 ) -> ClientsEvaluation:
     """The present values on what each client holds out.
 
     Args:
         metric: the task's main one.
+        most_examples: by client, how many it can have held out; any number of those that are not in it.
         deadline_seconds: of each client; who takes longer is missing.
     """
     limit = deadline_seconds
     tasks = [EvaluationTask(state.round, client, state.values, deadline_seconds=limit) for client in clients]
-    return _evaluate(tasks, runtime, metric, ())
+    return _evaluate(tasks, runtime, metric, (), most_examples)
 
 
 def evaluate_personalized(
-    state: FederatedState, federation: Federation, clients: Sequence[int], runtime: Runtime, metric: str
+    state: FederatedState,
+    federation: Federation,
+    clients: Sequence[int],
+    runtime: Runtime,
+    metric: str,
+    most_examples: Mapping[int, int] = MappingProxyType({}),
 ) -> ClientsEvaluation:
     """What each client makes of the present values by training as in the next round, on what it holds out.
 
@@ -87,7 +95,7 @@ def evaluate_personalized(
     trainings, unable = _trainings(state, federation, clients)
     tasks = [EvaluationTask(state.round, t.client, state.values, t, t.deadline_seconds) for t in trainings]
     failures = [ClientFailure(client, "it has the memory for no unit") for client in unable]
-    return _evaluate(tasks, runtime, metric, failures)
+    return _evaluate(tasks, runtime, metric, failures, most_examples)
 
 
 def _trainings(
@@ -110,7 +118,11 @@ def _trainings(
 
 
 def _evaluate(
-    tasks: Sequence[EvaluationTask], runtime: Runtime, metric: str, unable: Sequence[ClientFailure]
+    tasks: Sequence[EvaluationTask],
+    runtime: Runtime,
+    metric: str,
+    unable: Sequence[ClientFailure],
+    most_examples: Mapping[int, int],
 ) -> ClientsEvaluation:
     """Gather the clients' evaluations; one that is malformed, or never comes, counts as a failure."""
     open_tasks = {task.client: task for task in tasks}
@@ -121,7 +133,8 @@ def _evaluate(
             failures.append(answer)
             continue
         try:
-            validate_evaluation(answer, open_tasks.pop(answer.client, None), metric)
+            most = most_examples.get(answer.client, MAX_EXAMPLES)
+            validate_evaluation(answer, open_tasks.pop(answer.client, None), metric, most)
         except UpdateRefusedError as error:
             failures.append(ClientFailure(answer.client, str(error)))
         else:

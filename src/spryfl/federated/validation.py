@@ -52,13 +52,16 @@ def validate_update(
         _validate_slopes(update, slopes_shape)
 
 
-def validate_evaluation(evaluation: ClientEvaluation, task: EvaluationTask | None, metric: str) -> None:
+def validate_evaluation(
+    evaluation: ClientEvaluation, task: EvaluationTask | None, metric: str, most_examples: int = MAX_EXAMPLES
+) -> None:
     """Check an evaluation against the task its sender was given.
 
     Args:
         evaluation: from an untrusted client.
         task: what that client was asked to evaluate; None if nothing.
         metric: the task's main one, which it must have.
+        most_examples: that the client can have held out.
 
     Raises:
         UpdateRefusedError: the first thing wrong, by name.
@@ -67,7 +70,7 @@ def validate_evaluation(evaluation: ClientEvaluation, task: EvaluationTask | Non
         raise UpdateRefusedError("it was not asked for an evaluation, or has already sent one")
     if evaluation.round != task.round:
         raise UpdateRefusedError(f"its evaluation is for round {evaluation.round}, not {task.round}")
-    _validate_count(evaluation.num_examples, MAX_EXAMPLES)
+    _validate_count(evaluation.num_examples, most_examples)
     if not isinstance(evaluation.metrics, Mapping) or metric not in evaluation.metrics:
         raise UpdateRefusedError(f"its evaluation has no {metric}")
     for name, value in {"loss": evaluation.loss, **evaluation.metrics}.items():
@@ -105,7 +108,7 @@ def _validate_tensors(update: ClientUpdate, task: ClientTask) -> None:
     foreign = sorted(set(update.tensors) - set(task.parameters))
     missing = sorted(set(task.parameters) - set(update.tensors))
     if foreign:
-        raise UpdateRefusedError(f"parameter '{foreign[0]}' was not assigned to it")
+        raise UpdateRefusedError(f"parameter '{foreign[0][:100]}' was not assigned to it")
     if missing:
         raise UpdateRefusedError(f"parameter '{missing[0]}' is missing")
     for name, tensor in update.tensors.items():

@@ -1,18 +1,16 @@
 """Writing a model folder: shard by shard into a temporary sibling, under its own name only when complete."""
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spryfl.errors import FULL_DISK, ModelError, is_full_disk
+from spryfl.errors import ModelError, is_full_disk
 from spryfl.files import force_to_disk
 from spryfl.models.checkpoint import INDEX, SINGLE
 
@@ -88,7 +86,7 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         draft.replace(target)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if _is_full(error):
+        if is_full_disk(error):
             raise ModelError(_no_space(target, needed_bytes)) from error
         raise
 
@@ -99,9 +97,3 @@ def _no_space(target: Path, needed: int) -> str:
         f"{target}: not enough space on its disk: about {needed:,} bytes are needed, {free:,} are free; nothing was "
         "left behind. Free some, or name a folder on another disk"
     )
-
-
-def _is_full(error: BaseException) -> bool:
-    # safetensors reports what the system said in its own error.
-    number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
-    return is_full_disk(error) or (number is not None and int(number[1]) in FULL_DISK)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from spryfl.errors import SpryError
 from spryfl.federated.messages import (
     ClientEvaluation,
     ClientFailure,
@@ -50,9 +51,14 @@ class WorkerRuntime:
         self._num_threads = num_threads
         self._before_client = before_client
         self._workers: dict[int, ProcessPoolExecutor] = {}
+        self._started: dict[int, Future[None]] = {}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
-        """See `Runtime.run`. A worker that dies fails its task; another takes its place."""
+        """See `Runtime.run`. A worker that dies fails its task; another takes its place.
+
+        Raises:
+            SpryError: a worker cannot be started; those of later tasks could not either.
+        """
         return self._each(_perform, tasks)
 
     def evaluate(self, tasks: Sequence[EvaluationTask]) -> Iterator[ClientEvaluation | ClientFailure]:
@@ -81,16 +87,21 @@ class WorkerRuntime:
 
     def _submit(self, worker: int, work: Callable[[Any], Any], task: ClientTask | EvaluationTask) -> "Future[Any]":
         try:
-            return self._started(worker).submit(work, task)
+            return self._worker(worker).submit(work, task)
         except BrokenProcessPool:  # it died between rounds, with no task
             del self._workers[worker]
-            return self._started(worker).submit(work, task)
+            return self._worker(worker).submit(work, task)
 
     def _answer(self, future: "Future[Any]", worker: int, client: int) -> Any:
         try:
             return future.result()
         except BrokenProcessPool:
             del self._workers[worker]
+            if self._started[worker].exception() is not None:
+                raise SpryError(
+                    f"worker {worker + 1} of {self._num_workers} ended while it loaded model and data (out of "
+                    "memory?): lower runtime.num_workers, and go on with the run"
+                ) from None
             return ClientFailure(client, "its worker process died (out of memory?)", "lost")
 
     def close(self) -> None:
@@ -99,7 +110,7 @@ class WorkerRuntime:
             worker.shutdown(wait=True, cancel_futures=True)
         self._workers.clear()
 
-    def _started(self, worker: int) -> ProcessPoolExecutor:
+    def _worker(self, worker: int) -> ProcessPoolExecutor:
         """A pool of one process for each worker: one that dies breaks its pool, and so all that the pool was given."""
         if worker not in self._workers:
             self._workers[worker] = ProcessPoolExecutor(
@@ -108,6 +119,7 @@ class WorkerRuntime:
                 initializer=_start_worker,
                 initargs=(self._make_local, self._num_threads),
             )
+            self._started[worker] = self._workers[worker].submit(_nothing)  # done once the initializer is
         return self._workers[worker]
 
 
@@ -118,6 +130,10 @@ def _start_worker(make_local: Callable[[], Runtime], num_threads: int | None) ->
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     _local = make_local()
+
+
+def _nothing() -> None:
+    """What a worker does first."""
 
 
 def _perform(task: ClientTask) -> ClientUpdate | ClientFailure:

@@ -74,11 +74,11 @@ class ConsoleObserver(Observer):
         self._progress.start_task(self._current)
         self._progress.update(self._current, completed=first_round)
 
-    def noted(self, text: str) -> None:
-        """See `Observer.noted`; what is true of several runs is told once."""
-        if text not in self._noted:
-            self._noted.add(text)
-            self._say(text)
+    def noted(self, about: str, text: str) -> None:
+        """See `Observer.noted`; of several runs on the same data the first alone."""
+        if about not in self._noted:
+            self._noted.add(about)
+            self._say(f"{about}: {text}")
 
     def round_finished(self, event: RoundEvent) -> None:
         """See `Observer.round_finished`."""

@@ -155,8 +155,8 @@ class Observer(Protocol):
         """A run begins, or goes on after `first_round` rounds."""
         return
 
-    def noted(self, text: str) -> None:
-        """Something the run's user should know of it before it trains."""
+    def noted(self, about: str, text: str) -> None:
+        """Something the run's user should know of its data before it trains; of runs on the same it is said of each."""
         return
 
     def before_client(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from spryfl.config import RunConfig, load_config
+from spryfl.data.loading import files_of
 from spryfl.errors import SpryError
 from spryfl.federated.messages import ClientEvaluation, ClientFailure, ClientUpdate, EvaluationTask
 from spryfl.models.fingerprint import base_fingerprint
@@ -43,7 +45,7 @@ def prepare(order: Parcel) -> Callable[[], Parcel]:
     names = ("file", "overrides") if header["shared"] else ("file", "overrides", "client", "data", "labels")
     loaded = [_frozen(header[name]) for name in names]
     try:
-        runtime = _shared_runtime(*loaded) if header["shared"] else _runtime(*loaded, _written(header["data"]))
+        runtime = _shared_runtime(*loaded) if header["shared"] else _runtime(*loaded)
     except SpryError as error:
         return partial(_told, header, partial(ClientFailure, header["client"], str(error)))
     return partial(_told, header, lambda: _performed(runtime, Parcel(header["task"], order.tensors)))
@@ -83,37 +85,45 @@ def _fingerprint(file: str, overrides: tuple[str, ...]) -> str:
     return base_fingerprint(load_config(Path(file), overrides).model)
 
 
-@lru_cache(maxsize=1)
+_kept: dict[tuple[Any, ...], InProcessRuntime] = {}
+"""The one model and data of this process, by what they were loaded for."""
+
+
 def _runtime(
-    file: str,
-    overrides: tuple[str, ...],
-    client: int,
-    data: str | None,
-    labels: tuple[str, ...],
-    written: tuple[tuple[str, int, int], ...],
+    file: str, overrides: tuple[str, ...], client: int, data: str | None, labels: tuple[str, ...]
 ) -> InProcessRuntime:
     """The client's model and data; kept while the process lives and is asked for the same, unchanged since."""
-    bench = Workbench.of_client(_configured(file, overrides), client, data, labels)
-    return InProcessRuntime(bench.client, bench.batch_tokens)
+    key = (file, overrides, client, data, labels, _written(data))
+    if key not in _kept:
+        _kept.clear()  # before the next is loaded: a client need not have the memory for two
+        bench = Workbench.of_client(_configured(file, overrides), client, data, labels)
+        cut = bench.truncated("train")
+        if cut is not None:
+            print(f"client {client}: {cut}", file=sys.stderr, flush=True)
+        _kept[key] = InProcessRuntime(bench.client, bench.batch_tokens)
+    return _kept[key]
 
 
-@lru_cache(maxsize=1)
 def _shared_runtime(file: str, overrides: tuple[str, ...]) -> InProcessRuntime:
     """One model and all rows, for every client of a simulation that this process is asked to be."""
-    bench = Workbench.from_config(_configured(file, overrides))
-    return InProcessRuntime(bench.client, bench.batch_tokens)
+    key = (file, overrides)
+    if key not in _kept:
+        _kept.clear()
+        bench = Workbench.from_config(_configured(file, overrides))
+        _kept[key] = InProcessRuntime(bench.client, bench.batch_tokens)
+    return _kept[key]
 
 
 def _written(data: str | None) -> tuple[tuple[str, int, int], ...]:
-    """Path, time of writing (ns) and bytes of every file of the client's own data."""
+    """Path, time of writing (ns) and bytes of every file that the client's own data is read from."""
     if data is None:
         return ()
-    given = Path(data).expanduser()
-    try:
-        found = [(file, file.stat()) for file in (sorted(given.rglob("*")) if given.is_dir() else [given])]
-    except OSError:  # reading it says what is wrong
-        return ()
-    return tuple((str(file), status.st_mtime_ns, status.st_size) for file, status in found)
+    found = []
+    with suppress(OSError):  # reading them says what is wrong
+        for file in files_of(Path(data).expanduser()):
+            status = file.stat()
+            found.append((str(file), status.st_mtime_ns, status.st_size))
+    return tuple(found)
 
 
 def _configured(file: str, overrides: tuple[str, ...]) -> RunConfig:

@@ -30,23 +30,30 @@ class Presence:
 
     Args:
         base: hash of the base model of this run; clients that hold another are refused.
+        num_clients: of the run; a node that is none of them takes no part.
         told: is told of what a person should know.
     """
 
-    def __init__(self, grid: Grid, base: str, told: Callable[[str], None] = print) -> None:
+    def __init__(self, grid: Grid, base: str, num_clients: int, told: Callable[[str], None] = print) -> None:
         self._grid = grid
         self._base = base
+        self._num_clients = num_clients
         self._told = told
         self._asked: dict[str, Session] = {}
         self._known: set[Session] = set()
         self._online: set[Session] = set()
         self._sessions: dict[int, Session] = {}
+        self._turned_away: dict[Session, int] = {}
         self.refused: dict[int, str] = {}
         """Partition id -> why its node takes no part."""
 
     def look(self) -> None:
         """See who is online, ask newcomers who they are, and note what those asked before have answered."""
         self._online = {Session(node.node_id, node.last_activated_at or "") for node in self._grid.get_nodes()}
+        for session, client in list(self._turned_away.items()):
+            if self.session(client) is None:  # whom it was turned away for is gone: it may speak again
+                del self._turned_away[session]
+                self._known.discard(session)
         newcomers = sorted(self._online - self._known, key=lambda session: session.node)
         if newcomers:
             question = to_content(Parcel(json.dumps({"kind": "presence"})))
@@ -70,12 +77,13 @@ class Presence:
         if reply.has_error():
             self._known.discard(session)  # it is asked again, if it is still there
             return
-        client, base, problem = _read(parcel_of(reply))
+        client, base, problem = _read(parcel_of(reply), self._num_clients)
         if client is None:
             self._told(f"node {session.node} takes no part: {problem}")
         elif base != self._base:
             problem = f"it holds another base model ({base[:12]}) than this run's ({self._base[:12]})"
             if self.session(client) not in (None, session):  # one misconfigured node is not to put out an honest one
+                self._turned_away[session] = client
                 self._told(f"node {session.node} is refused as client {client}, which another node is: {problem}")
                 return
             self.refused[client] = problem
@@ -87,7 +95,7 @@ class Presence:
             self._told(f"client {client} is here")
 
 
-def _read(parcel: Parcel) -> tuple[int | None, str, str]:
+def _read(parcel: Parcel, num_clients: int) -> tuple[int | None, str, str]:
     """Partition id, base model and, where there is no partition id, what is wrong."""
     try:
         row = json.loads(parcel.header)
@@ -98,4 +106,6 @@ def _read(parcel: Parcel) -> tuple[int | None, str, str]:
         return None, "", "its answer to who it is cannot be read"
     if type(client) is not int or not isinstance(base, str):
         return None, "", "its answer to who it is makes no sense"
+    if not 0 <= client < num_clients:
+        return None, "", f"its partition-id is {client}, but clients are 0 to {num_clients - 1}"[:500]
     return client, base, ""

@@ -40,13 +40,15 @@ def serve(grid: Grid, order: Order) -> Summary:
     @contextmanager
     def connect(bench: Workbench, before_client: Callable[[], None]) -> Iterator[Runtime]:
         about = {"labels": bench.label_names}
-        runtime = FlowerRuntime(grid, Presence(grid, base_fingerprint(config.model)), about, before_client)
         num_clients = bench.federation.num_clients
+        presence = Presence(grid, base_fingerprint(config.model), num_clients)
+        runtime = FlowerRuntime(grid, presence, about, before_client)
         present = runtime.gather(num_clients, order.wait_seconds)
         if not present:
+            data = " data='PATH'" if config.partition.kind == "own" else ""
             raise SpryError(
                 f"no client came within {order.wait_seconds:g} s: start SuperNodes, each with --node-config "
-                f"'partition-id=..' from 0 to {num_clients - 1}; or raise wait-seconds"
+                f'"partition-id=..{data}" from 0 to {num_clients - 1}; or raise wait-seconds'
             )
         print(f"{len(present)} of {num_clients} clients are here", flush=True)
         yield runtime
@@ -66,8 +68,8 @@ class _Log(Observer):
         self._num_rounds = num_rounds
         print(f"{label}: {f'going on after round {first_round}' if first_round else 'a new run'}", flush=True)
 
-    def noted(self, text: str) -> None:
-        print(text, flush=True)
+    def noted(self, about: str, text: str) -> None:
+        print(f"{about}: {text}", flush=True)
 
     def round_finished(self, event: RoundEvent) -> None:
         parts = [f"round {event.round} of {self._num_rounds}", f"{event.num_updates} updates"]

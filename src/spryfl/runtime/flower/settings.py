@@ -90,7 +90,7 @@ def own_data_of(node_config: Mapping[str, Any], kind: str) -> str | None:
     """
     given = node_config.get("data")
     if (given is None) == (kind == "own"):
-        wrong = "names no data" if given is None else f"names data = {given!r}"
+        wrong = "names no data" if given is None else "names data of its own"  # where it lies is nobody's business
         raise ConfigError(
             f"node config: it {wrong}, but partition.kind = '{kind}': data = 'PATH' and partition.kind = 'own' go "
             "together"

@@ -26,7 +26,8 @@ from spryfl.runtime.parcels import Parcel, failure_parcel, receive_parcel, send_
 
 START_SECONDS = 60.0
 LOADING_SECONDS = 900.0  # of a large model from a slow disk; no deadline, or who loads for longer never takes part
-LOADED = Parcel('{"kind": "loaded"}')
+TAKEN, LOADED = Parcel('{"kind": "taken"}'), Parcel('{"kind": "loaded"}')
+"""What a worker says before it answers: that it has the message, and that model and data are there."""
 LOOK_SECONDS = 1.0
 
 
@@ -40,13 +41,14 @@ def ask(order: Parcel, timeout: float | None, parent: int | None = None) -> Parc
     """
     with _connected(parent or os.getppid()) as connection:
         address = connection.getpeername()
-        seconds = timeout if _loaded(address).exists() else LOADING_SECONDS
+        at_once = timeout if _loaded(address).exists() else LOADING_SECONDS
         try:
-            connection.settimeout(seconds)
+            connection.settimeout(seconds := at_once)
             send_parcel(connection, order)
             receive_parcel(connection)
-            seconds = timeout
-            connection.settimeout(seconds)
+            connection.settimeout(seconds := LOADING_SECONDS)  # also of data that have changed since
+            receive_parcel(connection)
+            connection.settimeout(seconds := timeout)
             return receive_parcel(connection)
         except TimeoutError:
             os.kill(_peer(connection), signal.SIGKILL)
@@ -84,7 +86,7 @@ def _private_folder(parent: int) -> Path:
 
 
 def _loaded(address: str) -> Path:
-    """There once the worker has loaded model and data, which a task's deadline must not count."""
+    """There while model and data are loaded, which a task's deadline must not count."""
     return Path(address).with_name("loaded")
 
 
@@ -120,8 +122,12 @@ def serve(address: str, parent: int) -> None:
             connection, _ = listener.accept()
             with connection, suppress(ConnectionError):  # whoever asked may be gone
                 order = receive_parcel(connection)
+                send_parcel(connection, TAKEN)
+                is_task = json.loads(order.header)["task"] is not None  # to say who it is takes no data
+                if is_task:
+                    _loaded(address).unlink(missing_ok=True)
                 perform = prepare(order)
-                if json.loads(order.header)["task"] is not None:  # to say who it is takes no data
+                if is_task:
                     _loaded(address).touch()
                 send_parcel(connection, LOADED)
                 send_parcel(connection, perform())
