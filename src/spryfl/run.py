@@ -26,7 +26,7 @@ from spryfl.report.plots import plot_partition, plot_run
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.runtime.workers import WorkerRuntime
 from spryfl.speeds import measure_speeds
-from spryfl.tracking.events import Observer, RoundEvent, Summary
+from spryfl.tracking.events import Note, NoteKind, Observer, RoundEvent, Summary
 from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
@@ -77,12 +77,10 @@ def _perform(
     fitting = time.perf_counter() - begun
     federation = _federation(bench, keeper, state, directory)
     events = directory.keep_events(state.round if directory.checkpoint_file.exists() else -1)
-    # Of clients' own data they are told themselves.
-    cut = bench.truncated("test") if config.partition.kind == "own" else bench.truncated("train", "test")
     for observer in observers:
         observer.started(label, state.round, config.server.num_rounds)
-        if cut is not None:
-            observer.noted(config.data.name, cut)
+        for note in _notes(bench):
+            observer.noted(note)
     if config.partition.kind != "own":  # the server does not know what clients hold
         plot_partition(bench.label_counts, directory.path)
 
@@ -147,6 +145,16 @@ def require_same(directory: RunDirectory, config: RunConfig) -> None:
             f"{directory.path} holds a run of other settings ({'; '.join(differing)}): choose another folder, or "
             "remove that one to run it anew"
         )
+
+
+def _notes(bench: Workbench) -> list[Note]:
+    """What there is to know of the data; of what clients hold of their own they are told themselves."""
+    own = bench.config.partition.kind == "own"
+    texts: dict[NoteKind, str | None] = {
+        "truncated": bench.truncated("test") if own else bench.truncated("train", "test"),
+        "missing_classes": None if own else bench.missing_classes,
+    }
+    return [Note(kind, bench.config.data.name, text) for kind, text in texts.items() if text is not None]
 
 
 def _federation(bench: Workbench, keeper: MapKeeper, state: FederatedState, directory: RunDirectory) -> Federation:

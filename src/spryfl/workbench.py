@@ -299,6 +299,20 @@ class Workbench:
         remedy = "all that the model reads" if most == limit else "raise it to have them read whole"
         return f"{' and '.join(cut)} are longer than data.max_tokens = {most} and were truncated: {remedy}"
 
+    @property
+    def missing_classes(self) -> str | None:
+        """How many clients have never seen some class, and the remedy; None where none, or where it was taken."""
+        counts = self.label_counts
+        lacking = [client for client, own in enumerate(counts) if own.any() and not own.all()]
+        if not self.label_names or not lacking or self.config.local.logit_adjustment > 0:
+            return None
+        first = lacking[0]
+        name = self.label_names[int(np.argmin(counts[first]))]
+        return (
+            f"{len(lacking):,} of {len(counts):,} clients hold no row of some class (client {first} none of '{name}') "
+            "and pull towards those they have: local.logit_adjustment = 1 makes up for much of that"
+        )
+
     def initial_state(self) -> FederatedState:
         names = parameters_of(self.adapted.units)
         return FederatedState(0, read_values(self.adapted.model, names))

@@ -1,5 +1,6 @@
 """Whole runs of questions with answers in their context, language models, and answers to judge; their bad input."""
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -297,7 +298,7 @@ def test_impossible_configurations(
             {"answers": {"text": ["plot"], "answer_start": [0]}},
             "answer 'plot' is not at character 0 of",
         ),
-        ("qa", {"answers": {"text": ["the"], "answer_start": []}}, "of equal length"),
+        ("qa", {"answers": {"text": ["the"], "answer_start": []}}, "as many texts as whole numbers"),
         ("qa", {"answers": {"text": ["the"], "answer_start": [-1]}}, "mend answer_start, or drop the row"),
         ("qa", {"context": " ", "answers": {"text": [], "answer_start": []}}, "column 'context' is empty"),
         ("language_model", {"answer": " "}, "column 'answer' is empty"),
@@ -322,6 +323,16 @@ def test_rows_that_cannot_be_read(
     assert message in str(caught.value)
     assert "47" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_answers_in_csv(tmp_path: Path, make: Callable[..., RunConfig]) -> None:
+    """They have no tables: what stands there is text, whatever it looks like."""
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "context", "answers"])
+        writer.writeheader()
+        writer.writerows(questions())
+    with pytest.raises(DataError, match=r"train row 0, column 'answers' holds text, .* as JSONL or Parquet"):
+        Workbench.from_config(make("qa", data__name=str(tmp_path / "train.csv")))
 
 
 def test_what_is_no_mean_over_clients_is_not_told_of_them() -> None:

@@ -291,8 +291,27 @@ def test_dora_on_gpt2s_transposed_maps(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.allclose(layer(x), theirs, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["dora", "dora, B frozen"])
-def test_dropout_is_doras_too(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [("bert", ("key", "dense")), ("llama", ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))],
+)
+def test_rank_stabilized_lora_of_other_modules(family: str, modules: tuple[str, ...]) -> None:
+    """Kalajdzievski 2023: scaled by alpha / sqrt(rank)."""
+    config = AdapterConfig(rank=4, alpha=3, rslora=True, target_modules=modules)
+    model, loss = build(family, adapter=config), batch_loss(padded_batch())
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert {layer.scaling["default"] for layer in layers} == {1.5}
+    names = trainable(model)
+    exact = autograd_gradient(model, loss, names)
+    generator = torch.Generator().manual_seed(2)
+    tangents = {n: torch.randn((1, *exact[n].shape), generator=generator, dtype=torch.float64) for n in names}
+    expected = sum(float((exact[n] * tangents[n]).sum()) for n in names)
+    assert {part for n in names for part in modules if f".{part}." in n} == set(modules)
+    assert float(loss_and_slopes(model, loss, tangents)[1]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["dora", "dora, B frozen", "vera", "tinylora", "lora_xs"])
+def test_dropout_is_the_same_in_forward_mode(kind: str) -> None:
     """With the same mask forward mode's slope is autograd's, and it is another than without."""
     model, batch = build("bert", adapter=KINDS[kind]), batch_loss(padded_batch())
     names = trainable(model)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.exceptions import DatasetGenerationCastError
 from transformers import AutoTokenizer
 
@@ -175,6 +175,19 @@ def test_a_hub_dataset_that_cannot_be_read(error: Exception, message: str, monke
     monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(DataError, match=message):
         load_rows(DataConfig(name="someone/something"), 0)
+
+
+def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*given: object) -> DatasetDict:
+        asked.append(given)
+        return DatasetDict(train=Dataset.from_list(ROWS), validation_matched=Dataset.from_list(ROWS[:6]))
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    rows = load_rows(DataConfig(name="some/glue", subset="mnli"), 0)
+    assert asked == [("some/glue", "mnli")]
+    assert (len(rows.train), len(rows.test), rows.num_labels) == (20, 6, 2)
 
 
 def test_rows_without_a_label_may_be_dropped(tmp_path: Path) -> None:

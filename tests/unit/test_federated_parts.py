@@ -9,6 +9,7 @@ from transformers import get_scheduler
 
 from spryfl.federated.aggregation import Contribution, aggregate
 from spryfl.federated.assignment import assign_all, assign_split, assign_units
+from spryfl.federated.local_optimizer import LocalOptimizer
 from spryfl.federated.sampling import Sampling, inclusion
 from spryfl.federated.schedule import Schedule
 from spryfl.federated.server_optimizer import ServerUpdate
@@ -128,6 +129,42 @@ def test_server_optimizer(kind: str) -> None:
     assert values["b"] is VALUES["b"]  # nobody trained it
     assert VALUES["a"].tolist() == [1.0]
     assert set(moments) == (set() if kind == "sgd" else {"m/a", "v/a"})
+
+
+@pytest.mark.parametrize("kind", ["adagrad", "adam", "yogi"])
+def test_moments_carry_over(kind: str) -> None:
+    """Reddi et al. 2021, algorithm 2, without bias correction; adagrad without momentum, as in their experiments."""
+    changes, tau = [0.5, -0.2, 0.05, 0.4], 1e-3
+    update, values, moments = ServerUpdate(kind, 1.0), {"a": torch.zeros(1)}, {}
+    m, v = 0.0, tau**2
+    for change in changes:
+        m = change if kind == "adagrad" else 0.9 * m + 0.1 * change
+        if kind == "adagrad":
+            v += change**2
+        elif kind == "adam":
+            v = 0.99 * v + 0.01 * change**2
+        else:
+            v -= 0.01 * change**2 * float(np.sign(v - change**2))
+        before = values["a"]
+        values, moments = update.apply(values, {"a": torch.tensor([change])}, moments)
+        assert float(moments["m/a"]) == pytest.approx(m, rel=1e-5)
+        assert float(moments["v/a"]) == pytest.approx(v, rel=1e-5)
+        assert float(values["a"] - before) == pytest.approx(m / (v**0.5 + tau), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_local_optimizers(name: str) -> None:
+    """By hand: the rate, decay coupled (sgd, adam) or not (adamw), Adam's bias correction."""
+    values = LocalOptimizer({"a": torch.tensor([2.0])}, name, 0.1, 0.5)
+    w, m, v = 2.0, 0.0, 0.0
+    for step, slope in enumerate([0.3, -1.0, 0.2], start=1):
+        values.step({"a": torch.tensor([slope])})
+        gradient = slope if name == "adamw" else slope + 0.5 * w
+        if name == "adamw":
+            w -= 0.1 * 0.5 * w
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        w -= 0.1 * (gradient if name == "sgd" else m / (1 - 0.9**step) / ((v / (1 - 0.999**step)) ** 0.5 + 1e-8))
+        assert float(values.values["a"]) == pytest.approx(w, rel=1e-5)
 
 
 def test_yogi_lowers_its_second_moment() -> None:

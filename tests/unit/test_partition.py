@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spryfl.config import PartitionConfig
-from spryfl.data.partition import PARTITIONS, hold_out, label_counts, partition_rows
+from spryfl.config import PartitionConfig, parse_config
+from spryfl.data.loading import load_rows
+from spryfl.data.partition import PARTITIONS, hold_out, label_counts, partition_rows, share_out
 from spryfl.errors import DataError
-from spryfl.report.plots import plot_partition
+from spryfl.report.plots import partition_figure, plot_partition
 
+WRITTEN = {"kind": "language_model", "template": "{instruction}\n{response}"}
 ALPHAS = [1e-320, 1e-10, 0.01, 0.1, 1.0, 100.0, 1.7e308]
 
 
@@ -42,6 +44,9 @@ def test_every_row_is_of_one_client_and_trained_on_or_held_out(
     assert len(whole) == num_clients
     assert sorted(np.concatenate(whole).tolist()) == list(range(len(labels)))
     assert min(map(len, whole)) >= least
+    sizes = [len(rows) for rows in whole]
+    assert kind != "iid" or max(sizes) - min(sizes) <= 1
+    assert kind != "column" or all(len({column[row] for row in rows}) == 1 for rows in whole)
     for rows, kept, out in zip(whole, training, held_out, strict=True):
         assert sorted([*kept, *out]) == rows.tolist()
         assert len(kept) >= 1
@@ -65,6 +70,13 @@ def test_sizes_skewed_and_labels_alike() -> None:
     large = [rows for rows in parts(1.0) if len(rows) > 400]
     assert len(large) > 5
     assert all(abs(labels[rows].mean() - 0.5) < 0.1 for rows in large)
+
+
+def test_iid_clients_are_alike() -> None:
+    labels = np.sort(np.arange(4000) % 4)
+    counts = label_counts(partition_rows(PartitionConfig(kind="iid", num_clients=10), labels, None, 0), labels, 4)
+    assert counts.sum(axis=1).tolist() == [400] * 10
+    assert abs(counts / 400 - 0.25).max() < 0.1
 
 
 def test_extreme_concentrations() -> None:
@@ -107,6 +119,17 @@ def test_the_plot(num_clients: int, num_labels: int, tmp_path: Path) -> None:
     assert (tmp_path / "partition.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_plot_shows_each_clients_shares() -> None:
+    share, size = partition_figure(np.array([[3, 1], [0, 0], [0, 2], [5, 5]])).axes
+    (image,) = share.images
+    first, second = (np.asarray(image.get_array())[row, 0] for row in (0, -1))  # the colours of label 0 and 1
+    shown = (np.asarray(image.get_array()) == first).all(axis=-1).mean(axis=0)
+    assert not np.array_equal(first, second)
+    assert shown == pytest.approx([0.75, 0.0, 0.5], abs=0.01)  # who holds none is left out
+    (sizes,) = (patch for patch in size.patches)
+    assert sizes.get_data().values.tolist() == [4, 2, 10]
+
+
 def test_label_counts() -> None:
     counts = label_counts([np.array([0, 1, 2]), np.array([3])], np.array([1, 0, 1, 2]), 3)
     assert counts.tolist() == [[1, 2, 0], [0, 0, 1]]
@@ -120,6 +143,34 @@ def test_smaller_alpha_is_more_unequal() -> None:
         return float(np.mean([abs(labels[rows].mean() - 0.5) for rows in partition_rows(config, labels, None, 0)]))
 
     assert skew(0.1) > skew(1.0) > skew(100.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "column", "num_clients"),
+    [
+        ({"name": "dolly_15k", "text_columns": ["instruction", "response"]}, WRITTEN, "category", 8),
+        ({"name": "shakespeare_by_speaker"}, {"kind": "language_model"}, "client_id", 183),
+        ({"name": "mnli", "text_columns": ["premise", "hypothesis"]}, {}, "genre", 5),
+    ],
+)
+def test_natural_partitions_of_real_data(
+    data: dict[str, object], task: dict[str, object], column: str, num_clients: int, shared_data: Path
+) -> None:
+    """Categories of instructions, speakers, genres: 80 / 20 within each."""
+    table = {
+        "data": data | {"name": str(shared_data / str(data["name"]))},
+        "task": task,
+        "partition": {"kind": "column", "column": column, "min_examples": 2},
+        "evaluation": {"held_out": 0.2},
+    }
+    config = parse_config(table)
+    rows = load_rows(config.data, 0, config.task)
+    training, held_out = share_out(config, rows)
+    values = rows.train[column][:]
+    assert len(training) == num_clients == len(set(values))
+    for kept, out in zip(training, held_out, strict=True):
+        assert len({values[row] for row in (*kept, *out)}) == 1
+        assert abs(len(out) - 0.2 * (len(kept) + len(out))) <= 0.5
 
 
 def test_natural_partition() -> None:

@@ -175,6 +175,22 @@ def test_answers_over_windows(
     assert evaluation.metrics["best_f1"] == evaluation.metrics["best_exact_match"] == 0.5
 
 
+def test_the_least_null_score_of_all_windows_counts(tokenizer: Any) -> None:
+    """By the official rules: neither the best window's own, nor the greatest."""
+    (plot,) = tokenizer.convert_tokens_to_ids(["plot"])
+
+    class Doubting(Scores):
+        def forward(self, input_ids: Tensor, **others: Tensor) -> SimpleNamespace:
+            found = super().forward(input_ids)
+            found.start_logits[:, 0] += 12 * (input_ids == plot).any(dim=1)  # [CLS], where the answer is
+            return found
+
+    windows = tokenize_questions(rows("plot was bad"), DATA, TASK, tokenizer)
+    model = Doubting(tokenizer, {"plot": 5}, {"bad": 5})  # best 10; null 12 there, 0 in the other windows
+    evaluation = task_of(tokenizer).evaluate(model, windows, range(len(windows)), batch_size=4)
+    assert evaluation.metrics["exact_match"] == 1.0
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=8), st.integers(1, 4))
 def test_best_span_is_the_best_of_all(logits: list[tuple[int, int]], most: int) -> None:

@@ -273,13 +273,14 @@ def test_curves_are_drawn_over_rounds_time_and_bytes(tmp_path: Path) -> None:
     methods = ["Spry", "FedYogi", "not run yet"]
     plot_dataset(results, methods, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    over_rounds, _, over_bytes = dataset_figure(results, methods, ["FedYogi"]).axes
+    over_rounds, over_time, over_bytes = dataset_figure(results, methods, ["FedYogi"]).axes
     by_label = {str(line.get_label()): line for line in over_rounds.lines}
     assert [by_label.get(label) is None for label in methods] == [False, False, True]
     assert by_label["Spry"].get_xdata() == pytest.approx([0, 1, 2, 3, 4])
     assert by_label["Spry"].get_ydata() == pytest.approx([0.32, 0.42, 0.52, 0.62, 0.72])  # the mean of its seeds
     assert by_label["FedYogi"].get_linewidth() > by_label["Spry"].get_linewidth()
     assert len(over_rounds.collections) == 1  # the one interval
+    assert over_time.lines[0].get_xdata()[1:] == pytest.approx([1, 2, 3, 4])
     assert over_bytes.lines[0].get_xdata()[1:] == pytest.approx([110e-6, 220e-6, 330e-6, 440e-6])
 
 

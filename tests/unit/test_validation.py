@@ -98,6 +98,27 @@ def test_an_honest_update_passes() -> None:
     validate_update(honest(task), task, None)
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+def test_the_deal_starts_one_unit_further_each_round(rotate: bool) -> None:
+    """Only if it is to: the released code gives the first unit to the first client of every round."""
+    asked: list[dict[int, tuple[str, ...]]] = []
+
+    class Watched:
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+            asked.append({task.client: task.units for task in tasks})
+            yield from map(honest, tasks)
+
+    own = federation(assignment="split", rotate=rotate, num_clients=len(UNITS), cohort_size=len(UNITS))
+    state = FederatedState(0, VALUES)
+    for _ in UNITS:
+        state, _ = run_round(state, own, Watched())
+    names = list(UNITS)
+    for round, dealt in enumerate(asked):
+        start = round * rotate
+        order = [*names[start:], *names[:start]]
+        assert [dealt[client] for client in sorted(dealt)] == [(unit,) for unit in order]
+
+
 def test_an_unassigned_unit_is_refused_by_name() -> None:
     task = ClientTask(1, 0, 0, ("low",), UNITS["low"], VALUES, "values")
     forged = replace(honest(task), tensors={**honest(task).tensors, "high.a": VALUES["high.a"]})

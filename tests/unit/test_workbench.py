@@ -11,7 +11,7 @@ from spryfl.federated.schedule import Schedule
 from spryfl.federated.server_optimizer import ServerUpdate
 from spryfl.run import run_in
 from spryfl.suite import run_suite
-from spryfl.tracking.events import Observer
+from spryfl.tracking.events import Note, Observer
 from spryfl.workbench import Workbench
 
 
@@ -30,21 +30,36 @@ def test_what_is_configured_is_what_rounds_use(tiny_config: Callable[..., RunCon
     assert own.sampling.sizes == own.sizes
 
 
+class Notes(Observer):
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def noted(self, note: Note) -> None:
+        self.texts[note.kind] = note.text
+
+
+def test_a_run_tells_of_clients_without_some_class(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    skewed = {"partition__alpha": 1e-10, "server__num_rounds": 1}
+    bench = Workbench.from_config(tiny_config(**skewed))
+    lacking = [client for client, own in enumerate(bench.label_counts.tolist()) if 0 in own]
+    missing = bench.label_names[bench.label_counts[lacking[0]].tolist().index(0)]
+    notes = Notes()
+    run_in(tiny_config(**skewed), tmp_path / "run", [notes])
+    assert notes.texts["missing_classes"].startswith(
+        f"{len(lacking)} of 8 clients hold no row of some class (client {lacking[0]} none of '{missing}')"
+    )
+    for told in (tiny_config(**skewed, local__logit_adjustment=1.0), tiny_config(partition__alpha=1e10)):
+        assert Workbench.from_config(told).missing_classes is None
+
+
 def test_a_run_tells_of_texts_it_does_not_read_whole(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    class Notes(Observer):
-        def __init__(self) -> None:
-            self.texts: list[str] = []
-
-        def noted(self, about: str, text: str) -> None:
-            self.texts.append(text)
-
     whole = Workbench.from_config(tiny_config())
     assert whole.truncated("train", "test") is None
     limit = max(len(encoding["input_ids"]) for encoding in whole.train.encodings) - 1
     cut = [sum(len(e["input_ids"]) > limit for e in part.encodings) for part in (whole.train, whole.test)]
     notes = Notes()
     run_in(tiny_config(data__max_tokens=limit, server__num_rounds=1), tmp_path / "run", [notes])
-    (note,) = notes.texts
+    note = notes.texts["truncated"]
     assert note.startswith(f"{cut[0]} of {len(whole.train)} train texts")
     assert ("test texts" in note) == (cut[1] > 0)
     assert note.endswith(f"longer than data.max_tokens = {limit} and were truncated: raise it to have them read whole")

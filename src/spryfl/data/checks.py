@@ -61,11 +61,16 @@ def _check_answers(rows: Dataset, split: str, config: DataConfig, task: TaskConf
     """SQuAD's answers: {text: [..], answer_start: [..]}, each where it says in the context, both empty for none."""
     column, context_column = config.label_column, config.text_columns[1]
     for index, (answers, context) in enumerate(zip(rows[column], rows[context_column], strict=True)):
+        if isinstance(answers, str):
+            raise DataError(
+                f"data.label_column: {split} row {index}, column '{column}' holds text, {answers[:40]!r}, not a table "
+                "of answers, which CSV has no room for: write the rows as JSONL or Parquet"
+            )
         texts, starts = _lists(answers)
         if texts is None or starts is None or len(texts) != len(starts):
             raise DataError(
                 f"data.label_column: {split} row {index}, column '{column}' holds {str(answers)[:80]}, not "
-                "{text: [..], answer_start: [..]} of equal length (both empty where there is no answer)"
+                "{text: [..], answer_start: [..]}, as many texts as whole numbers (no answer: none of both)"
             )
         if not context.strip():
             raise DataError(f"{split} row {index}, column '{context_column}' is empty: drop the row")

@@ -113,5 +113,5 @@ def token_limit(config: DataConfig, tokenizer: Any) -> int:
     """
     limit = tokenizer.model_max_length
     if config.max_tokens > limit:
-        raise DataError(f"data.max_tokens = {config.max_tokens}: the model reads at most {limit} tokens")
+        raise DataError(f"data.max_tokens = {config.max_tokens}: the model reads at most {limit} tokens: lower it")
     return config.max_tokens

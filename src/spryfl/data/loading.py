@@ -170,7 +170,8 @@ def _read_files(files: Mapping[str, Path], config: DataConfig) -> dict[str, Data
                 raise DataError(f"{path}: no rows in it: leave it out, or fill it") from error
             cause = error.__cause__ or error
             raise DataError(
-                f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(cause).split())[:200]}"
+                f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(cause).split())[:200]}: mend it, or write "
+                "it anew, in UTF-8"
             ) from error
     return result
 

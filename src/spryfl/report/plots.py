@@ -60,6 +60,11 @@ def plot_partition(counts: np.ndarray, folder: Path) -> None:
     Args:
         counts: (clients, labels) rows; clients that hold none are left out.
     """
+    save_figure(partition_figure(counts), folder / "partition.png")
+
+
+def partition_figure(counts: np.ndarray) -> Figure:
+    """See `plot_partition`."""
     counts = counts[counts.sum(axis=1) > 0]
     num_clients, num_labels = counts.shape
     sizes = counts.sum(axis=1)
@@ -88,7 +93,7 @@ def plot_partition(counts: np.ndarray, folder: Path) -> None:
         share.legend(
             handles=patches, title="label", loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False
         )
-    save_figure(figure, folder / "partition.png")
+    return figure
 
 
 def _score_over_rounds(axes: Axes, events: Mapping[str, Sequence[RoundEvent]]) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from spryfl.tracking.events import Observer, RoundEvent, Summary
+from spryfl.tracking.events import Note, Observer, RoundEvent, Summary
 
 WIDE = 92  # columns; narrower terminals go without the bar
 _SHORT = {"accuracy": "acc", "perplexity": "ppl"}
@@ -57,7 +57,7 @@ class ConsoleObserver(Observer):
         self._up = self._down = 0
         self._unheld: tuple[str, ...] = ()
         self._chosen: set[tuple[str, ...]] = set()
-        self._noted: set[str] = set()
+        self._noted: set[tuple[str, str]] = set()
 
     def __enter__(self) -> "ConsoleObserver":
         self._progress.start()
@@ -74,11 +74,11 @@ class ConsoleObserver(Observer):
         self._progress.start_task(self._current)
         self._progress.update(self._current, completed=first_round)
 
-    def noted(self, about: str, text: str) -> None:
+    def noted(self, note: Note) -> None:
         """See `Observer.noted`; of several runs on the same data the first alone."""
-        if about not in self._noted:
-            self._noted.add(about)
-            self._say(f"{about}: {text}")
+        if (note.kind, note.about) not in self._noted:
+            self._noted.add((note.kind, note.about))
+            self._say(f"{note.about}: {note.text}")
 
     def round_finished(self, event: RoundEvent) -> None:
         """See `Observer.round_finished`."""

@@ -1,7 +1,7 @@
 """What a run tells its observers. A round's event is also a line of `events.jsonl`."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,22 @@ class Summary:
         return cls(**known)
 
 
+NoteKind = Literal["truncated", "missing_classes"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a run's user should know of its data before it trains.
+
+    Attributes:
+        about: the data.
+    """
+
+    kind: NoteKind
+    about: str
+    text: str
+
+
 class Observer(Protocol):
     """Someone who is told how a run goes; what a subclass leaves out it does not hear."""
 
@@ -155,8 +171,8 @@ class Observer(Protocol):
         """A run begins, or goes on after `first_round` rounds."""
         return
 
-    def noted(self, about: str, text: str) -> None:
-        """Something the run's user should know of its data before it trains; of runs on the same it is said of each."""
+    def noted(self, note: Note) -> None:
+        """Something the run's user should know; of runs on the same data each says it."""
         return
 
     def before_client(self) -> None:

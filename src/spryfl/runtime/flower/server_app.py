@@ -14,7 +14,7 @@ from spryfl.run import hold_to, run, with_absolute_paths
 from spryfl.runtime.flower.presence import Presence
 from spryfl.runtime.flower.runtime import FlowerRuntime
 from spryfl.runtime.flower.settings import Order, read_order
-from spryfl.tracking.events import Observer, RoundEvent, Summary
+from spryfl.tracking.events import Note, Observer, RoundEvent, Summary
 from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
@@ -68,8 +68,8 @@ class _Log(Observer):
         self._num_rounds = num_rounds
         print(f"{label}: {f'going on after round {first_round}' if first_round else 'a new run'}", flush=True)
 
-    def noted(self, about: str, text: str) -> None:
-        print(f"{about}: {text}", flush=True)
+    def noted(self, note: Note) -> None:
+        print(f"{note.about}: {note.text}", flush=True)
 
     def round_finished(self, event: RoundEvent) -> None:
         parts = [f"round {event.round} of {self._num_rounds}", f"{event.num_updates} updates"]
