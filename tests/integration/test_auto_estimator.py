@@ -16,7 +16,7 @@ from spryfl.map_keeper import MapKeeper
 from spryfl.run import run
 from spryfl.speeds import measure_speeds
 from spryfl.tracking.console import ConsoleObserver
-from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.events import Observer, RoundEvent
 from spryfl.tracking.run_directory import RunDirectory, create_run_directory
 from spryfl.workbench import Workbench
 
@@ -25,13 +25,11 @@ LARGE = 10**12
 SLOW_CHECKPOINTS = Calibration({"backprop": 1.0, "per_layer": 50.0, "guided": 1.0, "forward": 10.0})
 
 
-class StopAfter:
+class StopAfter(Observer):
     """Stops a run once a round is done."""
 
     def __init__(self, round: int) -> None:
         self._round, self._done = round, 0
-
-    def started(self, label: str, first_round: int, num_rounds: int) -> None: ...
 
     def before_client(self) -> None:
         if self._done == self._round:
@@ -39,8 +37,6 @@ class StopAfter:
 
     def round_finished(self, event: RoundEvent) -> None:
         self._done = event.round
-
-    def finished(self, summary: Summary) -> None: ...
 
 
 def auto(make: Make, *memory: int, **overrides: object) -> RunConfig:

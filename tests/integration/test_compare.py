@@ -25,12 +25,12 @@ from spryfl.compare.search import search as perform_search
 from spryfl.config import MethodEntry, RunConfig, SuiteConfig
 from spryfl.errors import RunDirectoryError, SpryError
 from spryfl.run import hold_to
-from spryfl.tracking.events import RoundEvent, Summary
+from spryfl.tracking.events import Observer, RoundEvent
 from spryfl.tracking.lock import held
 from spryfl.tracking.run_directory import RunDirectory
 
 
-class Watcher:
+class Watcher(Observer):
     """Notes what is run; stops before the client of a given number."""
 
     def __init__(self, stop_before: int | None = None) -> None:
@@ -49,8 +49,6 @@ class Watcher:
 
     def round_finished(self, event: RoundEvent) -> None:
         self.rounds.append((self.started_labels[-1], event.round))
-
-    def finished(self, summary: Summary) -> None: ...
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from spryfl.federated.fitting import Deal, PassSettings
 from spryfl.federated.rounds import client_task
 from spryfl.suite import resume_suite, run_suite
 from spryfl.tracking.console import print_results
-from spryfl.tracking.events import RoundEvent
+from spryfl.tracking.events import Observer, RoundEvent
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
@@ -92,15 +92,12 @@ def test_resumed_and_interrupted_evaluations(evaluated: Make, tmp_path: Path) ->
     config = evaluated(server__num_rounds=2, adapter__dropout=0.1)
     run_suite(config, tmp_path / "whole")
 
-    class Stop:
+    class Stop(Observer):
         """Of 5 + 5 evaluations before training, then 3 clients and 10 evaluations a round."""
 
         def __init__(self, before: int) -> None:
             self.left = before
 
-        def started(self, *_: object) -> None: ...
-        def finished(self, *_: object) -> None: ...
-        def round_finished(self, *_: object) -> None: ...
         def before_client(self) -> None:
             self.left -= 1
             if self.left < 0:

@@ -23,6 +23,7 @@ from spryfl.gradients.guided import GuidedGradient
 from spryfl.map_keeper import MapKeeper
 from spryfl.runtime.in_process import InProcessRuntime
 from spryfl.suite import resume_suite, run_suite
+from spryfl.tracking.events import Observer, RoundEvent
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
@@ -114,11 +115,8 @@ def test_maps_are_fitted_again_by_the_rule_and_kept_across_an_interruption(
     assert all(event.guess_cosine is not None for event in events[1:-1])
     assert events[-1].guess_cosine is None  # no client will get what would be fitted after the last round
 
-    class Stop:
-        def started(self, *_: object) -> None: ...
-        def before_client(self) -> None: ...
-        def finished(self, *_: object) -> None: ...
-        def round_finished(self, event: Any) -> None:
+    class Stop(Observer):
+        def round_finished(self, event: RoundEvent) -> None:
             if event.round == 2:
                 raise KeyboardInterrupt
 

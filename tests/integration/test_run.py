@@ -20,6 +20,7 @@ from spryfl.config import RunConfig
 from spryfl.errors import ConfigError
 from spryfl.federated.method import METHODS
 from spryfl.suite import resume_suite, run_suite
+from spryfl.tracking.events import Observer, RoundEvent
 from spryfl.tracking.run_directory import RunDirectory
 from spryfl.workbench import Workbench
 
@@ -205,11 +206,8 @@ def test_resume_is_bitwise(
         config = tiny_config(server__num_rounds=5, method__name="spry_guided", guide=guide)
     run_suite(config, tmp_path / "whole")
 
-    class Stop:
-        def started(self, *_: object) -> None: ...
-        def before_client(self) -> None: ...
-        def finished(self, *_: object) -> None: ...
-        def round_finished(self, event: object) -> None:
+    class Stop(Observer):
+        def round_finished(self, event: RoundEvent) -> None:
             if event.round == 3:
                 raise KeyboardInterrupt
 
