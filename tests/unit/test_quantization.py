@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -262,7 +263,7 @@ def test_a_disk_that_fills(reported_by: str, tiny_model: Path, tmp_path: Path, m
         path.write_bytes(b"half")
         if reported_by == "system":
             raise OSError(errno.ENOSPC, "No space left on device")
-        raise shards.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(shards, "save_file", fail)
     with pytest.raises(ModelError, match=r"not enough space .* nothing was left behind") as caught:
