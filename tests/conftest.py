@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,20 @@ def tiny_config(tiny_table: dict[str, dict[str, object]]) -> Callable[..., RunCo
         return parse_config(with_overrides(tiny_table, {k.replace("__", "."): v for k, v in overrides.items()}))
 
     return make
+
+
+@pytest.fixture
+def suite_table(tiny_table: dict[str, Any]) -> dict[str, Any]:
+    """Two methods, two seeds, on the tiny run's settings."""
+    base = tiny_table | {"server": {"num_rounds": 2, "cohort_size": 2, "learning_rate": 0.01}}
+    return {
+        "title": "Tiny <suite>",
+        "seeds": [0, 1],
+        "reference": "fedyogi",
+        "base": base,
+        "dataset": [{"name": "reviews", "target": 0.1}],
+        "method": [{"name": "spry", "label": "Spry"}, {"name": "fedyogi"}],
+    }
 
 
 @pytest.fixture(autouse=True)

@@ -92,24 +92,28 @@ _kept: dict[tuple[Any, ...], InProcessRuntime] = {}
 def _runtime(
     file: str, overrides: tuple[str, ...], client: int, data: str | None, labels: tuple[str, ...]
 ) -> InProcessRuntime:
-    """The client's model and data; kept while the process lives and is asked for the same, unchanged since."""
-    key = (file, overrides, client, data, labels, _written(data))
-    if key not in _kept:
-        _kept.clear()  # before the next is loaded: a client need not have the memory for two
+    """The client's model and data, unless its data have changed since they were loaded."""
+
+    def load() -> Workbench:
         bench = Workbench.of_client(_configured(file, overrides), client, data, labels)
         cut = bench.truncated("train")
         if cut is not None:
             print(f"client {client}: {cut}", file=sys.stderr, flush=True)
-        _kept[key] = InProcessRuntime(bench.client, bench.batch_tokens)
-    return _kept[key]
+        return bench
+
+    return _loaded_once((file, overrides, client, data, labels, _written(data)), load)
 
 
 def _shared_runtime(file: str, overrides: tuple[str, ...]) -> InProcessRuntime:
     """One model and all rows, for every client of a simulation that this process is asked to be."""
-    key = (file, overrides)
+    return _loaded_once((file, overrides), lambda: Workbench.from_config(_configured(file, overrides)))
+
+
+def _loaded_once(key: tuple[Any, ...], load: Callable[[], Workbench]) -> InProcessRuntime:
+    """What was loaded for a key, kept while the process lives and is asked for no other."""
     if key not in _kept:
-        _kept.clear()
-        bench = Workbench.from_config(_configured(file, overrides))
+        _kept.clear()  # before the next is loaded: a client need not have the memory for two
+        bench = load()
         _kept[key] = InProcessRuntime(bench.client, bench.batch_tokens)
     return _kept[key]
 
