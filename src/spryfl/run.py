@@ -148,13 +148,15 @@ def require_same(directory: RunDirectory, config: RunConfig) -> None:
 
 
 def _notes(bench: Workbench) -> list[Note]:
-    """What there is to know of the data; of what clients hold of their own they are told themselves."""
-    own = bench.config.partition.kind == "own"
-    texts: dict[NoteKind, str | None] = {
-        "truncated": bench.truncated("test") if own else bench.truncated("train", "test"),
-        "missing_classes": None if own else bench.missing_classes,
-    }
-    return [Note(kind, bench.config.data.name, text) for kind, text in texts.items() if text is not None]
+    """What there is to know of the data; what clients bring of their own the server does not know."""
+    data, partition = bench.config.data.name, bench.config.partition
+    own = partition.kind == "own"
+    alpha = f" {partition.alpha:g}" if partition.kind in ("dirichlet", "quantity") else ""
+    told: list[tuple[NoteKind, str, str | None]] = [
+        ("truncated", data, bench.truncated("test") if own else bench.truncated("train", "test")),
+        ("missing_classes", f"{data}, {partition.kind}{alpha}", None if own else bench.missing_classes),
+    ]
+    return [Note(kind, about, text) for kind, about, text in told if text is not None]
 
 
 def _federation(bench: Workbench, keeper: MapKeeper, state: FederatedState, directory: RunDirectory) -> Federation:

@@ -33,9 +33,11 @@ def test_what_is_configured_is_what_rounds_use(tiny_config: Callable[..., RunCon
 class Notes(Observer):
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
+        self.about: dict[str, str] = {}
 
     def noted(self, note: Note) -> None:
         self.texts[note.kind] = note.text
+        self.about[note.kind] = note.about
 
 
 def test_a_run_tells_of_clients_without_some_class(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -48,6 +50,7 @@ def test_a_run_tells_of_clients_without_some_class(tiny_config: Callable[..., Ru
     assert notes.texts["missing_classes"].startswith(
         f"{len(lacking)} of 8 clients hold no row of some class (client {lacking[0]} none of '{missing}')"
     )
+    assert notes.about["missing_classes"].endswith(", dirichlet 1e-10")  # another deal of the same data is told too
     for told in (tiny_config(**skewed, local__logit_adjustment=1.0), tiny_config(partition__alpha=1e10)):
         assert Workbench.from_config(told).missing_classes is None
 

@@ -156,7 +156,7 @@ class Note:
     """Something a run's user should know of its data before it trains.
 
     Attributes:
-        about: the data.
+        about: the data, or how they are shared out: of runs alike in it one need be told.
     """
 
     kind: NoteKind
